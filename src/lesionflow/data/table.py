@@ -1,0 +1,191 @@
+"""Metadata files to typed tables, with errors that name the column, the ids and the remedy.
+
+Every cell is read as text first and converted column by column, so a stray word in a number
+column is reported with its lesion instead of turning the whole column into text. `read_cells`
+gives the text as it stands (the audit looks at that), `read_metadata` the typed table.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from lesionflow.data.schema import BY_NAME
+from lesionflow.errors import DataError
+
+NULLS = ["", "NA"]
+_SHOWN = 5
+
+
+def read_metadata(path: Path, *, require: Sequence[str] = ("isic_id",)) -> pl.DataFrame:
+    """A metadata CSV as a table: numbers Float64, `target` Int8, everything else String.
+
+    Empty cells and `NA` become null. The columns in `require` must exist; a required `isic_id` or
+    `target` must be filled in every row. Raises `DataError` that names the column and the first
+    ids: for unreadable files, missing columns, words or NaN among numbers, targets other than 0
+    and 1, and repeated ids.
+    """
+    cells = read_cells(path)
+    if missing := [name for name in require if name not in cells.columns]:
+        raise DataError(
+            f"{path}: no column {', '.join(missing)} (found {_listed(cells.columns)}): "
+            "add it, or check that the header line is intact"
+        )
+    table = cells.with_columns([as_number(name) for name in cells.columns if is_number(name)])
+    for name in table.columns:
+        if not is_number(name):
+            continue
+        bad = cells.filter(cells[name].is_not_null() & ~table[name].is_finite().fill_null(False))
+        if bad.height:
+            raise DataError(
+                f"{path}: column {name}: {_cells(bad.height)} without a finite number ({_examples(bad, name)}): "
+                f"{swap_hint(cells, name)}correct them, or leave them empty where the value is unknown"
+            )
+    if "target" in table.columns:
+        table = _with_target(path, cells, table, required="target" in require)
+    if "isic_id" in table.columns:
+        _check_ids(path, table)
+    return table
+
+
+def read_cells(path: Path) -> pl.DataFrame:
+    """Every cell of a CSV as text (String), empty cells and `NA` as null. Raises `DataError`.
+
+    Ragged lines, doubled column names, other encodings than UTF-8 and empty files are refused.
+    """
+    names = _header(path)
+    try:
+        cells = pl.read_csv(path, infer_schema=False, null_values=NULLS, raise_if_empty=False)
+    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
+        raise DataError(_explain(path, len(names), error)) from None
+    if cells.columns != names:
+        cells = cells.rename(dict(zip(cells.columns, names, strict=True)))
+    # A line that is too short is padded with nulls in silence, which shows in the last column.
+    if cells.height and len(names) > 1 and cells[names[-1]].null_count() and (line := _ragged(path, len(names))):
+        raise DataError(line)
+    return cells
+
+
+def is_number(name: str) -> bool:
+    return name in BY_NAME and BY_NAME[name].kind == "number"
+
+
+def as_number(name: str) -> pl.Expr:
+    """Text to Float64; what isn't a number becomes null."""
+    return pl.col(name).str.strip_chars().cast(pl.Float64, strict=False)
+
+
+def as_target(name: str = "target") -> pl.Expr:
+    """Text to Int8; what is neither 0 nor 1 becomes null."""
+    number = as_number(name)
+    return pl.when(number.is_in([0.0, 1.0])).then(number).cast(pl.Int8).alias(name)
+
+
+def swap_hint(cells: pl.DataFrame, name: str) -> str:
+    """`"they look like those of 'sex' ...; "` when a column's text is another column's vocabulary, else empty."""
+    words = cells[name].drop_nulls().unique()
+    words = words.filter(words.cast(pl.Float64, strict=False).is_null())
+    for other in cells.columns:
+        allowed = BY_NAME[other].values if other in BY_NAME else ()
+        if other != name and allowed and words.len() and words.is_in(list(allowed)).all():
+            return f"they look like cells of {other!r}, so the header may be swapped; "
+    return ""
+
+
+def _with_target(path: Path, cells: pl.DataFrame, table: pl.DataFrame, *, required: bool) -> pl.DataFrame:
+    table = table.with_columns(as_target())
+    bad = cells.filter(cells["target"].is_not_null() & table["target"].is_null())
+    if bad.height:
+        raise DataError(
+            f"{path}: column target: {_cells(bad.height)} neither 0 (benign) nor 1 (malignant) "
+            f"({_examples(bad, 'target')}): {swap_hint(cells, 'target')}write 0 or 1"
+        )
+    empty = cells.filter(cells["target"].is_null())
+    if required and empty.height:
+        raise DataError(
+            f"{path}: column target: {_cells(empty.height)} empty ({_ids(empty)}): "
+            "fill them in, or leave these lesions out of training"
+        )
+    return table
+
+
+def _check_ids(path: Path, table: pl.DataFrame) -> None:
+    ids = table["isic_id"]
+    if ids.null_count():
+        rows = [str(i + 2) for i in table.with_row_index().filter(ids.is_null())["index"].head(_SHOWN)]
+        raise DataError(
+            f"{path}: column isic_id: {_cells(ids.null_count())} empty (lines {', '.join(rows)}): "
+            "every lesion needs its id; restore or remove these lines"
+        )
+    twice = ids.filter(ids.is_duplicated()).unique(maintain_order=True)
+    if twice.len():
+        raise DataError(
+            f"{path}: column isic_id: {twice.len():,} ids occur more than once ({_listed(twice.to_list())}): "
+            "keep one row of each"
+        )
+
+
+def _header(path: Path) -> list[str]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file: check the path, or fetch the data with `lesionflow data fetch`")
+    if not path.stat().st_size:
+        raise DataError(f"{path}: empty file (0 bytes): restore it")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file), [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(_explain(path, 0, error)) from None
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{path}: column {', '.join(repeated)} occurs twice in the header: rename or remove one")
+    return names
+
+
+def _explain(path: Path, columns: int, error: Exception) -> str:
+    """Why a CSV can't be read, by line where that can be found out."""
+    with path.open("rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            return f"{path}: encoded as UTF-16: save it as UTF-8"
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as wrong:
+                shown = line[max(wrong.start - 20, 0) : wrong.start + 1].decode("latin-1")
+                return f"{path}: line {number:,} isn't UTF-8 (near {shown!r}): save the file as UTF-8"
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return (columns and _ragged(path, columns)) or f"{path}: damaged CSV ({first_line}): restore the file"
+
+
+def _ragged(path: Path, columns: int) -> str:
+    """The message for the first line with another number of cells than the header, or an empty text."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        for row in reader:
+            if row and len(row) != columns:
+                return (
+                    f"{path}: line {reader.line_num:,} ({row[0][:40]}) has {len(row)} cells, the header has {columns}: "
+                    "restore the line, or quote the cell that contains a comma"
+                )
+    return ""
+
+
+def _cells(count: int) -> str:
+    return "1 cell" if count == 1 else f"{count:,} cells"
+
+
+def _ids(rows: pl.DataFrame) -> str:
+    return _listed(rows["isic_id"].to_list()) if "isic_id" in rows.columns else "no isic_id column to name them by"
+
+
+def _examples(rows: pl.DataFrame, name: str) -> str:
+    if "isic_id" not in rows.columns:
+        return ", ".join(repr(v) for v in rows[name].head(_SHOWN))
+    pairs = rows.select("isic_id", name).head(_SHOWN).iter_rows()
+    return ", ".join(f"{isic_id}: {value!r}" for isic_id, value in pairs) + (", ..." if rows.height > _SHOWN else "")
+
+
+def _listed(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")

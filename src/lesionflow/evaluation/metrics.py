@@ -73,29 +73,51 @@ def order_of(y: NDArray[np.bool_], s: Floats) -> Order:
     return Order(at.astype(np.int64), (left + right).astype(np.int64), len(distinct))
 
 
+@dataclass(frozen=True)
+class Segments:
+    """The rises of R ROC curves at K malignant scores each, highest score first; all float64 [R, K] but `cut`."""
+
+    fpr_start: Floats
+    fpr_end: Floats
+    """False-positive rate where the rise begins and ends; they differ where benign lesions tie."""
+    width: Floats
+    """How much of the rise lies above `min_tpr`."""
+    kept: Floats
+    """The same as a share of the rise, 0 to 1."""
+    cut: NDArray[np.bool_]
+    """Whether the curve passes `min_tpr` here."""
+
+    @property
+    def specificity(self) -> Floats:
+        """Mean specificity over the part that is kept."""
+        return 1.0 - self.fpr_end + 0.5 * self.kept * (self.fpr_end - self.fpr_start)
+
+
+def segments(benign: NDArray[Any], malignant: NDArray[Any], min_tpr: float) -> Segments:
+    """Rises of the curves whose weights are [R, 2K+1] per benign cell and [R, K] per malignant score."""
+    if not 0 <= min_tpr < 1:
+        raise UsageError(f"min_tpr must be at least 0 and less than 1, got {min_tpr}")
+    found = np.cumsum(malignant[:, ::-1], axis=1, dtype=np.float64)
+    passed = np.cumsum(benign[:, :0:-1], axis=1, dtype=np.float64)
+    total = passed[:, -1:] + benign[:, :1]
+    tpr = found / found[:, -1:]
+    start = np.concatenate([np.zeros_like(tpr[:, :1]), tpr[:, :-1]], axis=1)
+    width = np.maximum(tpr - np.maximum(start, min_tpr), 0.0)
+    kept = np.divide(width, tpr - start, out=np.ones_like(tpr), where=tpr > start)
+    cut = (start <= min_tpr) & (tpr > min_tpr)
+    return Segments(passed[:, 0::2] / total, passed[:, 1::2] / total, width, kept, cut)
+
+
 def area(benign: NDArray[Any], malignant: NDArray[Any], min_tpr: float) -> Floats:
     """pAUC of many samples at once: weights [R, 2K+1] per benign cell and [R, K] per malignant score -> float64 [R].
 
     A row without malignant or without benign weight gives NaN.
     """
-    if not 0 <= min_tpr < 1:
-        raise UsageError(f"min_tpr must be at least 0 and less than 1, got {min_tpr}")
-    # From the highest score down: the curve rises only at malignant scores, along a diagonal where benign ones tie.
-    found = np.cumsum(malignant[:, ::-1], axis=1, dtype=np.float64)
-    passed = np.cumsum(benign[:, :0:-1], axis=1, dtype=np.float64)
-    total = passed[:, -1:] + benign[:, :1]
     with np.errstate(invalid="ignore", divide="ignore"):
-        tpr = found / found[:, -1:]
-        fpr_end = passed[:, 1::2] / total
-        fpr_start = passed[:, 0::2] / total
-        tpr_start = np.concatenate([np.zeros_like(tpr[:, :1]), tpr[:, :-1]], axis=1)
-        width = tpr - np.maximum(tpr_start, min_tpr)
-        # Share of the diagonal that lies above min_tpr: where it is cut, its lower end moves along it.
-        kept = np.clip(np.where(tpr > tpr_start, width / (tpr - tpr_start), 1.0), 0.0, 1.0)
-        specificity = 1.0 - fpr_end + 0.5 * kept * (fpr_end - fpr_start)
-        result = (np.maximum(width, 0.0) * specificity).sum(axis=1)
-    empty = (found[:, -1] <= 0) | (total[:, 0] <= 0)
-    return np.where(empty, np.nan, result)
+        curve = segments(benign, malignant, min_tpr)
+    result: Floats = (curve.width * curve.specificity).sum(axis=1)
+    result[(malignant.sum(axis=1) <= 0) | (benign.sum(axis=1) <= 0)] = np.nan
+    return result
 
 
 def roc_points(y: ArrayLike, s: ArrayLike) -> tuple[Floats, Floats]:
@@ -154,16 +176,21 @@ def fold_rank(scores: ArrayLike, folds: ArrayLike) -> Floats:
 
 
 def codes(groups: Groups, length: int) -> Ints:
-    """Groups as integers 0..G-1, numbered in order of first appearance: int64 [n]."""
+    """Groups (text or whole numbers) as integers 0..G-1 in their sorted order: int64 [n]."""
+    if isinstance(groups, np.ndarray) and groups.dtype.kind in "iu" and len(groups) == length:
+        return np.unique(groups, return_inverse=True)[1].astype(np.int64)
     values = groups.tolist() if isinstance(groups, np.ndarray) else list(groups)
     if len(values) != length:
         raise DataError(f"groups: {len(values)} values for {length} lesions; they must match row by row")
     known: dict[Any, int] = {}
-    result = np.fromiter((known.setdefault(v, len(known)) for v in values), np.int64, length)
+    first_seen = np.fromiter((known.setdefault(v, len(known)) for v in values), np.int64, length)
     if None in known:
-        row = int(np.argmax(result == known[None]))
+        row = int(np.argmax(first_seen == known[None]))
         raise DataError(f"groups: row {row} has none; give a lesion of an unknown patient its own isic_id")
-    return result
+    # Sorted, so that replicates are the same whatever the order of rows.
+    rank = np.empty(len(known), np.int64)
+    rank[[known[v] for v in sorted(known)]] = np.arange(len(known))
+    return rank[first_seen]
 
 
 def checked(y: ArrayLike, s: ArrayLike) -> tuple[NDArray[np.bool_], Floats]:

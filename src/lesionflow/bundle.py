@@ -1,0 +1,261 @@
+"""A bundle is what a run hands to the world: a folder that answers for itself.
+
+    bundle = Bundle.open(Path("run/bundle"))      # every file checked against the manifest
+    bundle.info["metrics"], bundle.spec.size
+    graph = bundle.read("image.onnx")             # the very bytes that were checked
+
+    bundle.json      what the model is and how it did: see `check_info`
+    image.onnx       uint8 NHWC `image` [B, S, S, 3] in; float32 `fold_logits` [B, K] and `logit` [B] out
+    MODEL_CARD.md    the same for people
+    reference/       synthetic lesions and `answers.json`, what the model said about them
+    MANIFEST.sha256  the SHA-256 of every file above; `sha256sum -c MANIFEST.sha256` reads it too
+
+Opening refuses, by name, any file that was changed, added, removed or renamed, any link, any path
+that leaves the folder and any kind of file that could carry code. It proves that the files belong
+together, not who made them: whoever can rewrite a file can rewrite the manifest. Nothing here is
+ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lesionflow.data.images import PreprocessSpec
+from lesionflow.errors import DataError
+from lesionflow.graphfile import check_self_contained
+from lesionflow.keys import file_hash, write_text
+
+FORMAT = 1
+MANIFEST = "MANIFEST.sha256"
+INFO = "bundle.json"
+GRAPH = "image.onnx"
+CARD = "MODEL_CARD.md"
+ANSWERS = "reference/answers.json"
+NOTICE = "Not a medical device."
+
+SUFFIXES = (".json", ".onnx", ".md", ".txt", ".png", ".jpg", ".jpeg")
+"""Kinds of file a bundle may hold; none of them can run anything."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle."""
+
+    path: Path
+    info: dict[str, Any]
+    """The content of bundle.json."""
+    hashes: Mapping[str, str]
+    """SHA-256 by relative path; empty if the bundle was opened without verification."""
+
+    @classmethod
+    def open(cls, path: Path, verify: bool = True) -> Bundle:
+        """Open and check a bundle. Raises `DataError` naming the file and what is wrong with it."""
+        path = Path(path)
+        if not (path / INFO).is_file():
+            raise DataError(f"{path}: not a bundle, it has no {INFO}: point to the folder that the export wrote")
+        hashes = check_files(path) if verify else {}
+        bundle = cls(path, {}, hashes)
+        return cls(path, check_info(_json(bundle.read(INFO), path / INFO), str(path / INFO)), hashes)
+
+    @property
+    def name(self) -> str:
+        """The model's name, as the service's URLs have it."""
+        return str(self.info["name"])
+
+    @property
+    def spec(self) -> PreprocessSpec:
+        return PreprocessSpec.from_dict(self.info["preprocess"])
+
+    @property
+    def models(self) -> int:
+        """K, the columns of `fold_logits`."""
+        return int(self.info["models"])
+
+    @property
+    def version(self) -> str:
+        """Twelve hex digits that name this very bundle: the start of its manifest's SHA-256."""
+        return file_hash(self.path / MANIFEST)[:12] if (self.path / MANIFEST).is_file() else "unverified"
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes; they are hashed again, so nothing can change between the check and the use."""
+        data = (self.path / name).read_bytes()
+        if self.hashes and self.hashes.get(name) != hashlib.sha256(data).hexdigest():
+            raise DataError(f"{self.path / name}: changed since the bundle was opened: export it again")
+        if name.endswith(".onnx"):
+            check_self_contained(data, str(self.path / name))
+        return data
+
+    def answers(self) -> list[dict[str, Any]]:
+        """The reference lesions: `file`, `logit`, `fold_logits` each."""
+        return list(_json(self.read(ANSWERS), self.path / ANSWERS)["answers"])
+
+
+def write_manifest(path: Path) -> None:
+    """Write MANIFEST.sha256 over every other file in the folder, sorted by name."""
+    names = [name for name in _files(path) if name != MANIFEST]
+    write_text(path / MANIFEST, "".join(f"{file_hash(path / name)}  {name}\n" for name in names))
+
+
+def verify(path: Path) -> None:
+    """Raise `DataError` naming what is wrong with the bundle's files, or with bundle.json; return if nothing is."""
+    Bundle.open(path)
+
+
+def check_files(path: Path) -> dict[str, str]:
+    """Check every file against the manifest and return the hashes by name.
+
+    Raises `DataError` naming the first file that was changed, added, removed or renamed, is a link,
+    leaves the folder, is of a kind that a bundle can't hold, or is a graph that reads other files.
+    """
+    listed = _read_manifest(path)
+    present = set(_files(path)) - {MANIFEST}
+    actual = {name: file_hash(path / name) for name in sorted(present)}
+    added, removed = sorted(present - set(listed)), sorted(set(listed) - present)
+    by_hash = {digest: name for name, digest in listed.items() if name in removed}
+    for name in added:
+        if (old := by_hash.get(actual[name])) is not None:
+            raise DataError(f"{path / name}: renamed, the manifest has it as {old}: restore the bundle")
+        raise DataError(f"{path / name}: added, the manifest doesn't list it: remove it, or export again")
+    for name in removed:
+        raise DataError(f"{path / name}: removed, but the manifest lists it: restore the bundle")
+    for name, digest in actual.items():
+        if digest != listed[name]:
+            raise DataError(f"{path / name}: changed, its SHA-256 isn't the manifest's: restore the bundle")
+    for name in (INFO, GRAPH):
+        if name not in listed:
+            raise DataError(f"{path}: the manifest has no {name}, so this is no bundle: export it again")
+    for name in listed:
+        if name.endswith(".onnx"):
+            check_self_contained((path / name).read_bytes(), str(path / name))
+    return listed
+
+
+def check_info(info: Any, where: str) -> dict[str, Any]:
+    """Return bundle.json's content if it can be used, else raise `DataError` naming the field.
+
+    Fields: `format` 1; `name`; `created` (UTC, ISO 8601); `lesionflow` (version); `preprocess`
+    (`PreprocessSpec`); `graph` (`inputs`, `outputs`: name, datatype, shape with -1 for the batch;
+    `opset`); `models` K; `tta`; `calibration` (`kind`, `a`, `b`: probability = 1 / (1 + exp(-(a x
+    logit + b))), `a` positive so that the order of lesions stays); `thresholds` (band name ->
+    `logit`, the least served logit of the band, and how it was chosen); `metrics` (with intervals);
+    `recipe`; `data_hash`; `fold_hash`; `data_licence`; `synthetic`; `parity`; `notice`.
+    """
+    if not isinstance(info, dict):
+        raise DataError(f"{where}: not a JSON object: export the bundle again")
+    if info.get("format") != FORMAT:
+        raise DataError(
+            f"{where}: format is {info.get('format')!r}, this version of lesionflow reads {FORMAT}: "
+            "export the bundle again, or install the version that wrote it"
+        )
+    models = info.get("models")
+    checks = {
+        "name": isinstance(info.get("name"), str) and _NAME.fullmatch(info["name"]),
+        "preprocess": _is_spec(info.get("preprocess")),
+        "graph": isinstance(info.get("graph"), dict),
+        "models": isinstance(models, int) and not isinstance(models, bool) and models >= 1,
+        "tta": info.get("tta", "none") in ("none", "flips"),
+        "calibration": _is_calibration(info.get("calibration")),
+        "notice": info.get("notice") == NOTICE,
+    }
+    for field, good in checks.items():
+        if not good:
+            raise DataError(f"{where}: {field} can't be {info.get(field)!r}: export the bundle again")
+    thresholds = info.get("thresholds")
+    if not isinstance(thresholds, dict):
+        raise DataError(f"{where}: thresholds must be an object of bands: export the bundle again")
+    for band, threshold in thresholds.items():
+        if not isinstance(threshold, dict) or not _finite(threshold.get("logit")):
+            raise DataError(f"{where}: thresholds.{band} needs a finite `logit`: export the bundle again")
+    return info
+
+
+def band(logit: float, thresholds: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The band of a served logit: the highest threshold it reaches, else `routine`; None without thresholds."""
+    if not thresholds:
+        return None
+    reached = [(t["logit"], name) for name, t in thresholds.items() if logit >= t["logit"]]
+    return max(reached)[1] if reached else "routine"
+
+
+def _files(path: Path) -> list[str]:
+    """Relative names of all regular files, sorted; refuses links and anything else."""
+    names: list[str] = []
+    folders = [path]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                mode = entry.stat(follow_symlinks=False).st_mode
+                name = Path(entry.path).relative_to(path).as_posix()
+                if stat.S_ISLNK(mode):
+                    raise DataError(f"{entry.path}: a symbolic link; a bundle holds plain files only: copy the file in")
+                if stat.S_ISDIR(mode):
+                    folders.append(Path(entry.path))
+                elif not stat.S_ISREG(mode):
+                    raise DataError(f"{entry.path}: not a plain file: remove it")
+                elif name != MANIFEST and not name.endswith(SUFFIXES):
+                    raise DataError(f"{entry.path}: a bundle can't hold this kind of file: remove it")
+                else:
+                    names.append(name)
+    return sorted(names)
+
+
+def _read_manifest(path: Path) -> dict[str, str]:
+    manifest = path / MANIFEST
+    if manifest.is_symlink() or not manifest.is_file():
+        raise DataError(f"{manifest}: missing, so the bundle can't be checked: restore it, or export again")
+    listed: dict[str, str] = {}
+    for number, line in enumerate(manifest.read_bytes().decode("utf-8", "replace").splitlines(), 1):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise DataError(f"{manifest}: line {number} isn't `<sha256>  <name>`: restore the bundle")
+        digest, name = match.groups()
+        if name.startswith("/") or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise DataError(f"{manifest}: line {number}: {name!r} leaves the bundle's folder: don't use this bundle")
+        if name in listed or name == MANIFEST:
+            raise DataError(f"{manifest}: line {number}: {name!r} can't be listed here: restore the bundle")
+        listed[name] = digest
+    return listed
+
+
+def _json(data: bytes, where: Path) -> Any:
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        return json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error}): restore the bundle") from None
+
+
+def _is_spec(value: Any) -> bool:
+    try:
+        spec = PreprocessSpec.from_dict(value)
+        return (
+            32 <= spec.size <= 1024
+            and spec.filter in ("bilinear", "bicubic", "lanczos")
+            and len(spec.mean) == len(spec.std) == 3
+            and all(map(math.isfinite, spec.mean))
+            and all(math.isfinite(s) and s > 0 for s in spec.std)
+        )
+    except (TypeError, KeyError, ValueError):
+        return False
+
+
+def _is_calibration(value: Any) -> bool:
+    return isinstance(value, dict) and _finite(value.get("a")) and _finite(value.get("b")) and value["a"] > 0
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,313 @@
+"""Torch models in, a bundle out; refused if the two don't say the same.
+
+The K models become one ONNX graph that takes uint8 pixels: it normalises, mirrors if asked to, runs
+every model and averages the logits. The graph then answers for stored lesions through the very
+class that serves it, and torch answers through a separate path; a difference above the tolerance
+refuses the export. The bundle grows in a temporary folder beside its place and is renamed once it
+is complete, so a refused or interrupted export leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import re
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lesionflow import __version__
+from lesionflow.bundle import ANSWERS, CARD, FORMAT, GRAPH, INFO, MANIFEST, NOTICE, Bundle, check_info, write_manifest
+from lesionflow.data.images import PreprocessSpec, to_pixels
+from lesionflow.errors import GateRefused, UsageError, missing_extra
+from lesionflow.keys import atomic, write_json, write_text
+from lesionflow.serving.predictor import Predictor
+
+OPSET = 18
+"""Highest opset that the inference servers still in use (ONNX Runtime 1.14 and later) run."""
+IR_VERSION = 8
+"""The file format of that opset's time."""
+
+_REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(png|jpg|jpeg)")
+
+
+def export_bundle(
+    models: Sequence[torch.nn.Module],
+    out: Path,
+    *,
+    spec: PreprocessSpec,
+    info: Mapping[str, Any],
+    parity_images: NDArray[np.uint8],
+    tolerance: float,
+    reference: Sequence[tuple[str, bytes]],
+    card: str | None = None,
+    tta: str = "none",
+) -> dict[str, Any]:
+    """Write the bundle `out` and return its parity figures, size and timing.
+
+    `models` map float32 NCHW [B, 3, S, S], normalised with `spec`, to logits [B] or [B, 1]; they are
+    copied, so the caller's stay as they are. `info` holds what only the run knows: name, thresholds,
+    metrics, recipe, data_hash, fold_hash, data_licence, synthetic (see `bundle.check_info`).
+    `parity_images` is uint8 [N, S, S, 3]. `reference` are (file name, PNG or JPEG bytes) of synthetic
+    lesions, kept in the bundle with the answers. `tta` "flips" averages over four mirror images.
+
+    Raises `GateRefused`, and leaves what `out` was before, if torch and the graph differ by more than
+    `tolerance` in any logit or either says NaN; `UsageError` for models that can't be exported.
+    """
+    out = Path(out)
+    _check_arguments(models, out, spec, parity_images, reference, tta)
+    members = [copy.deepcopy(model).cpu().float().eval() for model in models]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        work.chmod(0o755)
+        started = time.perf_counter()
+        with atomic(work / GRAPH) as file:
+            file.write(_graph(members, spec, tta))
+        seconds = time.perf_counter() - started
+        content = _content(info, spec, len(members), tta)
+        write_json(work / INFO, content)
+        predictor = Predictor(Bundle.open(work, verify=False))
+        parity = _parity(members, predictor, parity_images, tolerance, spec, tta)
+        content["parity"] = parity
+        write_json(work / INFO, content)
+        write_text(work / CARD, card if card is not None else _plain_card(content))
+        _write_reference(work, predictor, reference)
+        write_manifest(work)
+        bundle = Bundle.open(work)
+        _replace(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    return {
+        "path": str(out),
+        "name": bundle.name,
+        "version": Bundle.open(out, verify=False).version,
+        "models": len(members),
+        "parity": parity,
+        "bytes": size,
+        "graph_seconds": round(seconds, 3),
+    }
+
+
+class _Whole(torch.nn.Module):
+    """uint8 NHWC pixels to (fold_logits [B, K], logit [B]), all models in one graph."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, models: Sequence[torch.nn.Module], spec: PreprocessSpec, tta: str) -> None:
+        super().__init__()
+        self.models = torch.nn.ModuleList(models)
+        self.flips = tta == "flips"
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) * 255 for v in (spec.mean, spec.std))
+        self.register_buffer("scale", (1 / std).float())
+        self.register_buffer("shift", (-mean / std).float())
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = image.permute(0, 3, 1, 2).to(torch.float32) * self.scale + self.shift
+        views = [x, x.flip(3), x.flip(2), x.flip(2, 3)] if self.flips else [x]
+        x = torch.cat(views) if self.flips else x
+        columns = [model(x).reshape(len(views), -1).mean(0) for model in self.models]
+        fold_logits = torch.stack(columns, dim=1)
+        return fold_logits, fold_logits.mean(1)
+
+
+def _graph(models: Sequence[torch.nn.Module], spec: PreprocessSpec, tta: str) -> bytes:
+    """The ONNX file. Raises `UsageError` if torch can't export the models."""
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  # Named here, because torch's own error for it is a traceback.
+    except ImportError as error:
+        raise missing_extra(error.name or "onnx", "train") from None
+    example = torch.zeros(2, spec.size, spec.size, 3, dtype=torch.uint8)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                _Whole(models, spec, tta).eval(),
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["image"],
+                output_names=["fold_logits", "logit"],
+                opset_version=OPSET,
+                verbose=False,
+            )
+            assert program is not None
+            proto = program.model_proto
+            _strip(proto.graph)
+            del proto.metadata_props[:]
+            proto.ir_version = IR_VERSION
+            onnx.checker.check_model(proto)
+            return bytes(proto.SerializeToString(deterministic=True))
+    except Exception as error:  # Whatever the exporter stumbles over, it is this model that it can't do.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"this model can't be exported to ONNX ({reason}): choose another backbone") from error
+
+
+def _strip(graph: Any) -> None:
+    """Drop what only debuggers read: source paths and stack traces of the machine that exported."""
+    del graph.metadata_props[:]
+    del graph.value_info[:]
+    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
+
+
+def _parity(
+    models: Sequence[torch.nn.Module],
+    predictor: Predictor,
+    images: NDArray[np.uint8],
+    tolerance: float,
+    spec: PreprocessSpec,
+    tta: str,
+) -> dict[str, Any]:
+    """Figures of torch against the predictor on `images`; raises `GateRefused` if they are too far apart."""
+    fold_logits, logit = predictor.logits(images)
+    expected = _torch_logits(models, images, spec, tta)
+    off = np.abs(logit.astype(np.float64) - expected.mean(axis=1))
+    fold_off = np.abs(fold_logits.astype(np.float64) - expected)
+    worst = max(float(off.max()), float(fold_off.max()))
+    figures = {
+        "max_abs": worst,
+        "mean_abs": float(off.mean()),
+        "logit_max_abs": float(off.max()),
+        "count": len(images),
+        "tolerance": tolerance,
+    }
+    if not worst <= tolerance:  # Nor is NaN.
+        raise GateRefused(
+            f"parity: on {len(images)} lesions the exported graph's logits are up to {worst:.3g} off torch's, and "
+            f"{tolerance:g} is allowed: nothing was exported; raise gate.parity only if you know why they differ"
+        )
+    return figures
+
+
+def _torch_logits(
+    models: Sequence[torch.nn.Module], images: NDArray[np.uint8], spec: PreprocessSpec, tta: str
+) -> NDArray[np.float64]:
+    """float64 [N, K] by torch, written apart from `_Whole` so that its mistakes show."""
+    rows = []
+    for start in range(0, len(images), 16):
+        unit = torch.from_numpy(images[start : start + 16].astype(np.float32) / 255.0)
+        x = ((unit - torch.tensor(spec.mean)) / torch.tensor(spec.std)).movedim(3, 1).contiguous()
+        axes: list[list[int]] = [[], [3], [2], [2, 3]] if tta == "flips" else [[]]
+        with torch.inference_mode():
+            views = [[model(torch.flip(x, axis)).flatten() for model in models] for axis in axes]
+        rows.append(np.mean([torch.stack(view, dim=1).double().numpy() for view in views], axis=0))
+    return np.concatenate(rows)
+
+
+def _write_reference(work: Path, predictor: Predictor, reference: Sequence[tuple[str, bytes]]) -> None:
+    """The reference lesions and the predictor's answers about them."""
+    answers = []
+    for name, data in reference:
+        with atomic(work / "reference" / name) as file:
+            file.write(data)
+        fold_logits, logit = predictor.logits(to_pixels(data, predictor.spec)[None])
+        if not np.isfinite(logit).all():
+            raise GateRefused(f"reference/{name}: the model's answer is not a number: nothing was exported")
+        answers.append({"file": name, "logit": float(logit[0]), "fold_logits": fold_logits[0].tolist()})
+    write_json(work / ANSWERS, {"answers": answers, "notice": NOTICE})
+
+
+def _content(info: Mapping[str, Any], spec: PreprocessSpec, models: int, tta: str) -> dict[str, Any]:
+    batch_of = [-1, spec.size, spec.size, 3]
+    content = {
+        "name": "lesionflow",
+        "calibration": {"kind": "identity", "a": 1.0, "b": 0.0},
+        "thresholds": {},
+        **info,
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "lesionflow": __version__,
+        "preprocess": spec.to_dict(),
+        "models": models,
+        "tta": tta,
+        "graph": {
+            "file": GRAPH,
+            "opset": OPSET,
+            "inputs": [{"name": "image", "datatype": "UINT8", "shape": batch_of}],
+            "outputs": [
+                {"name": "fold_logits", "datatype": "FP32", "shape": [-1, models]},
+                {"name": "logit", "datatype": "FP32", "shape": [-1]},
+            ],
+        },
+        "notice": NOTICE,
+    }
+    return check_info(content, "export_bundle(info=...)")
+
+
+def _plain_card(content: Mapping[str, Any]) -> str:
+    return (
+        f"# {content['name']}\n\n{NOTICE}\n\n{content['models']} image models, {content['preprocess']['size']} pixels, "
+        f"exported {content['created']} by lesionflow {content['lesionflow']}.\nWhat is known about it is in {INFO}.\n"
+    )
+
+
+def _check_arguments(
+    models: Sequence[torch.nn.Module],
+    out: Path,
+    spec: PreprocessSpec,
+    images: NDArray[np.uint8],
+    reference: Sequence[tuple[str, bytes]],
+    tta: str,
+) -> None:
+    if not models:
+        raise UsageError("nothing to export: give at least one model")
+    if tta not in ("none", "flips"):
+        raise UsageError(f"tta must be one of none, flips, got {tta!r}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (spec.size, spec.size, 3) or not len(images):
+        raise UsageError(
+            f"parity images must be uint8 [N, {spec.size}, {spec.size}, 3] with N at least 1, "
+            f"got {images.dtype} {list(images.shape)}"
+        )
+    names = [name for name, _ in reference]
+    if not names or len(set(names)) != len(names) or not all(map(_REFERENCE.fullmatch, names)):
+        raise UsageError(f"reference lesions need distinct .png, .jpg or .jpeg names without folders, got {names}")
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: exists and is not a bundle: choose another folder, or remove it")
+
+
+def _replace(new: Path, out: Path) -> None:
+    """Put a complete folder in place of the old one, which comes back if that fails."""
+    if not out.exists():
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+    out.rename(old / "bundle")
+    try:
+        new.rename(out)
+    except OSError:
+        (old / "bundle").rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter, which speaks to stdout, stderr, warnings and loggers alike."""
+    noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch")]
+    levels = [logger.level for logger in noisy]
+    heard = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
+        warnings.simplefilter("ignore")
+        for logger in noisy:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(noisy, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,91 @@
+"""The bundle's graph, running in this process on ONNX Runtime: pixels in, logits out.
+
+Batches are cut into pieces of `GRAPH_BATCH` views, so memory stays bounded however many lesions come.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lesionflow.bundle import GRAPH, Bundle
+from lesionflow.data.images import Pixels
+from lesionflow.errors import DataError, missing_extra
+
+GRAPH_BATCH = 16
+"""Views per call: larger batches fall out of a CPU's cache and are slower (five lite0: 121/s at 16, 103/s at 64)."""
+
+VIEWS = {"none": 1, "flips": 4}
+"""Views of a lesion that the graph averages, by the bundle's `tta`."""
+
+Floats = NDArray[np.float32]
+
+
+class Graph:
+    """A loaded graph. Safe to call from several threads."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        """Load the graph onto `threads` CPU threads, by default all that this process may use.
+
+        Raises `DataError` if it can't be loaded or isn't what bundle.json says.
+        """
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            raise missing_extra("onnxruntime", "serve") from None
+        self._where = bundle.path / GRAPH
+        self._size, self._models = bundle.spec.size, bundle.models
+        self._batch = max(1, GRAPH_BATCH // VIEWS[bundle.info.get("tta", "none")])
+        data = bundle.read(GRAPH)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or available_cpus()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Idle threads would otherwise spin: much slower where cores are shared, no faster where they aren't.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors share no base of their own.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{self._where}: can't be loaded ({reason}): export the bundle again") from None
+        self._check()
+
+    def logits(self, pixels: Pixels) -> tuple[Floats, Floats]:
+        """uint8 [B, S, S, 3] to (`fold_logits` float32 [B, K], `logit` float32 [B]); B may be 0.
+
+        Raises `DataError` for any other shape or type.
+        """
+        size = self._size
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
+            raise DataError(
+                f"pixels are {pixels.dtype} {list(pixels.shape)}, the model takes uint8 [B, {size}, {size}, 3]: "
+                "resize with `to_pixels`, or send the encoded image"
+            )
+        fold_logits = np.empty((len(pixels), self._models), dtype=np.float32)
+        logit = np.empty(len(pixels), dtype=np.float32)
+        for start in range(0, len(pixels), self._batch):
+            rows = slice(start, start + self._batch)
+            feed = {"image": np.ascontiguousarray(pixels[rows])}
+            fold_logits[rows], logit[rows] = self._session.run(["fold_logits", "logit"], feed)
+        return fold_logits, logit
+
+    def _check(self) -> None:
+        size = self._size
+        inputs = {i.name: (i.type, i.shape[1:]) for i in self._session.get_inputs()}
+        outputs = {o.name: (o.type, o.shape[1:]) for o in self._session.get_outputs()}
+        expected = {"image": ("tensor(uint8)", [size, size, 3])}
+        if inputs != expected:
+            raise DataError(f"{self._where}: takes {inputs}, bundle.json says {expected}: export the bundle again")
+        for name, rest in (("fold_logits", [self._models]), ("logit", [])):
+            if outputs.get(name) != ("tensor(float)", rest):
+                raise DataError(
+                    f"{self._where}: gives {name} as {outputs.get(name)}, bundle.json says float {rest}: "
+                    "export the bundle again"
+                )
+
+
+def available_cpus() -> int:
+    """CPUs this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

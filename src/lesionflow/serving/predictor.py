@@ -1,0 +1,200 @@
+"""From a bundle to answers: decode, run the graph, calibrate, name the band. No torch.
+
+    predictor = Predictor(Path("run/bundle"))
+    for answer in predictor.predict([Path("lesion.jpg").read_bytes()]):
+        print(answer.probability, answer.band)
+
+The service, the export's parity check and `predict_files` all go through `Predictor`, so they can't differ.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lesionflow.bundle import Bundle, band
+from lesionflow.data.images import DEFAULT_LIMITS, Limits, Pixels, PreprocessSpec, to_batch, to_pixels
+from lesionflow.data.source import Source, open_source
+from lesionflow.errors import DataError, GateRefused, ImageError
+from lesionflow.keys import atomic
+from lesionflow.progress import track
+from lesionflow.serving.graph import Floats, Graph
+
+SMOKE_TOLERANCE = 1e-3
+"""Largest logit difference to the stored answers: another CPU may add in another order, another model may not pass."""
+
+DECODE_BATCH = 64
+"""Lesions decoded ahead while the graph works on the ones before."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says about one lesion."""
+
+    logit: float
+    """Mean over the models, uncalibrated."""
+    probability: float
+    """Calibrated, 0..1."""
+    fold_logits: tuple[float, ...]
+    """One per model."""
+    band: str | None
+    """`refer`, `routine`, ...; None if the bundle has no thresholds."""
+
+
+class Predictor:
+    """A loaded bundle. Safe to call from several threads."""
+
+    def __init__(self, bundle: Bundle | Path, threads: int | None = None) -> None:
+        """Check and load a bundle onto `threads` CPU threads (by default all). Raises `DataError`."""
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self.spec = self.bundle.spec
+        self.graph = Graph(self.bundle, threads)
+        calibration = self.bundle.info["calibration"]
+        self._a, self._b = float(calibration["a"]), float(calibration["b"])
+
+    def logits(self, pixels: Pixels) -> tuple[Floats, Floats]:
+        """uint8 [B, S, S, 3] to (`fold_logits` float32 [B, K], `logit` float32 [B]); B may be 0."""
+        return self.graph.logits(pixels)
+
+    def predict(self, images: Sequence[bytes], limits: Limits = DEFAULT_LIMITS) -> list[Answer]:
+        """Encoded JPEG or PNG images to answers, in order. Raises `ImageError` on the first unusable one."""
+        return self.answers(*self.logits(to_batch(images, self.spec, limits)))
+
+    def answers(self, fold_logits: Floats, logit: Floats) -> list[Answer]:
+        """Calibrate and name the bands of raw outputs, `fold_logits` [B, K] and `logit` [B]."""
+        thresholds = self.bundle.info["thresholds"]
+        return [
+            Answer(one, self.probability(one), tuple(row), band(one, thresholds))
+            for row, one in zip(fold_logits.tolist(), logit.tolist(), strict=True)
+        ]
+
+    def probability(self, logit: float) -> float:
+        """1 / (1 + exp(-(a x logit + b))) in double precision, without overflow."""
+        z = self._a * logit + self._b
+        if z >= 0:
+            return 1.0 / (1.0 + math.exp(-z))
+        return math.exp(z) / (1.0 + math.exp(z))
+
+    def smoke(self) -> dict[str, Any]:
+        """Ask about the reference lesions again; returns their `count` and `max_abs`, the largest difference.
+
+        Raises `GateRefused` if this machine doesn't reproduce the stored answers.
+        """
+        stored = self.bundle.answers()
+        worst = 0.0
+        for entry in stored:
+            where = self.bundle.path / "reference" / entry["file"]
+            try:
+                (answer,) = self.predict([self.bundle.read(f"reference/{entry['file']}")])
+            except ImageError as error:
+                raise DataError(f"{where}: {error}") from None
+            off = float(
+                np.abs(np.subtract([answer.logit, *answer.fold_logits], [entry["logit"], *entry["fold_logits"]])).max()
+            )
+            if not off <= SMOKE_TOLERANCE:  # Nor is NaN.
+                raise GateRefused(
+                    f"{where}: the logit is {answer.logit:.6f}, {off:.2g} off the stored answer, and at most "
+                    f"{SMOKE_TOLERANCE:g} is allowed: don't serve this bundle on this machine, export it again"
+                )
+            worst = max(worst, off)
+        return {"count": len(stored), "max_abs": worst}
+
+
+def predict_files(
+    bundle: Path | Predictor,
+    images: Path,
+    *,
+    metadata: Path | None = None,
+    out: Path,
+    part: str = "test",
+    threads: int | None = None,
+    progress: bool = True,
+    skip_corrupt: bool = False,
+) -> dict[str, Any]:
+    """Score every lesion of a data set directory, an HDF5 file or a folder; write `isic_id,target` to `out`.
+
+    `target` is the calibrated probability with all its digits, so that lesions keep the order of
+    their logits. Rows are in the metadata's order, sorted by id where there is no metadata. `out` is
+    the file, or a folder that gets `submission.csv`; it appears only once it is complete. Images are
+    streamed, so memory doesn't grow with their number.
+
+    A missing or unusable image raises `DataError` naming the id. With `skip_corrupt` it is counted
+    and listed, and its row gets the mean probability of the lesions that were scored: the
+    competition wants a row for every id, and the mean says only that it is one of this set.
+    """
+    predictor = bundle if isinstance(bundle, Predictor) else Predictor(bundle, threads)
+    out = Path(out) if Path(out).suffix == ".csv" else Path(out) / "submission.csv"
+    started = time.perf_counter()
+    scores: dict[str, float] = {}
+    skipped: list[dict[str, str]] = []
+    with open_source(images, part, metadata) as source:
+        ids = source.ids
+        if len(set(ids)) != len(ids):
+            raise DataError(f"{images}: an isic_id has more than one row: run `lesionflow data check`, keep one")
+        for isic_id, answer in track(_score(predictor, source, skip_corrupt), "predict", total=len(ids), show=progress):
+            if isinstance(answer, str):
+                skipped.append({"isic_id": isic_id, "reason": answer})
+            else:
+                scores[isic_id] = answer
+    if not scores:
+        first = f", first {skipped[0]['isic_id']}: {skipped[0]['reason']}" if skipped else ""
+        raise DataError(f"{images}: none of {len(ids):,} images can be scored{first}: check the path and the images")
+    mean = sum(scores.values()) / len(scores)
+    with atomic(out) as file:
+        file.write(b"isic_id,target\n")
+        file.writelines(f"{isic_id},{scores.get(isic_id, mean)!r}\n".encode() for isic_id in ids)
+    seconds = time.perf_counter() - started
+    return {
+        "out": str(out),
+        "rows": len(ids),
+        "scored": len(scores),
+        "skipped": skipped,
+        "skipped_score": mean if skipped else None,
+        "model": predictor.bundle.name,
+        "bundle": predictor.bundle.version,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(len(ids) / seconds, 1),
+    }
+
+
+def _score(predictor: Predictor, source: Source, skip_corrupt: bool) -> Iterator[tuple[str, float | str]]:
+    """(id, probability), or (id, why it was left out). One thread decodes ahead of the graph."""
+    starts = range(0, len(source.ids), DECODE_BATCH)
+    with ThreadPoolExecutor(1, "decode") as pool:
+        loads = (_load(source, source.ids[s : s + DECODE_BATCH], predictor.spec, skip_corrupt) for s in starts)
+        future = pool.submit(next, loads, None)
+        while (loaded := future.result()) is not None:
+            future = pool.submit(next, loads, None)
+            ids, pixels, skipped = loaded
+            _, logits = predictor.logits(pixels)
+            for isic_id, logit in zip(ids, logits.tolist(), strict=True):
+                if not math.isfinite(logit):
+                    raise DataError(f"{isic_id}: the model's answer is not a number: export the bundle again")
+                yield isic_id, predictor.probability(logit)
+            yield from skipped
+
+
+def _load(
+    source: Source, ids: Sequence[str], spec: PreprocessSpec, skip_corrupt: bool
+) -> tuple[list[str], Pixels, list[tuple[str, str]]]:
+    """Ids and pixels uint8 [B, S, S, 3] of the usable lesions, and (id, reason) of the others."""
+    pixels = np.empty((len(ids), spec.size, spec.size, 3), dtype=np.uint8)
+    good: list[str] = []
+    skipped: list[tuple[str, str]] = []
+    for isic_id in ids:
+        try:
+            pixels[len(good)] = to_pixels(source.read(isic_id), spec)
+        except DataError as error:
+            if not skip_corrupt:
+                raise DataError(f"{isic_id}: {error}; --skip-corrupt leaves such images out, and lists them") from None
+            skipped.append((isic_id, str(error)))
+        else:
+            good.append(isic_id)
+    return good, pixels[: len(good)], skipped

@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 import polars as pl
 
-from lesionflow.data.table import read_metadata
+from lesionflow.data.table import FileError, read_metadata
 from lesionflow.errors import DataError
 
 __all__ = ["Source", "open_source", "read_metadata"]
@@ -37,6 +37,7 @@ class Images(Protocol):
 
     def ids(self) -> list[str]: ...
     def read(self, isic_id: str) -> bytes: ...
+    def suffix(self, isic_id: str) -> str: ...
     def close(self) -> None: ...
 
 
@@ -61,7 +62,8 @@ class Hdf5Images:
         try:
             return sorted(self._open())
         except (OSError, RuntimeError) as error:
-            raise self._damaged(error) from None
+            problem = f"damaged HDF5 ({_first_line(error)})"
+            raise FileError(self.path, "damaged_hdf5", problem, "restore the file") from None
 
     def read(self, isic_id: str) -> bytes:
         try:
@@ -74,6 +76,10 @@ class Hdf5Images:
             return self._bytes(dataset, isic_id)
         except (OSError, RuntimeError) as error:
             raise self._damaged(error, isic_id) from None
+
+    def suffix(self, isic_id: str) -> str:
+        """The format an image is expected in, as a file name's ending: the competition's HDF5 holds JPEG."""
+        return ".jpg"
 
     def close(self) -> None:
         if self._file is not None:
@@ -114,9 +120,8 @@ class Hdf5Images:
             self._file, self._pid = _open_hdf5(self.path), os.getpid()
         return self._file
 
-    def _damaged(self, error: Exception, isic_id: str | None = None) -> DataError:
-        where = f"{self.path}: image {isic_id!r}" if isic_id else f"{self.path}"
-        return DataError(f"{where}: damaged HDF5 ({_first_line(error)}): restore the file")
+    def _damaged(self, error: Exception, isic_id: str) -> DataError:
+        return DataError(f"{self.path}: image {isic_id!r}: damaged HDF5 ({_first_line(error)}): restore the file")
 
 
 class FolderImages:
@@ -141,6 +146,9 @@ class FolderImages:
             raise DataError(
                 f"{self.folder}: no image {isic_id!r}: add {isic_id}.jpg, or remove its row from the metadata"
             ) from None
+
+    def suffix(self, isic_id: str) -> str:
+        return self._paths[isic_id].suffix.lower()
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -283,20 +291,19 @@ def difference(ids: Sequence[str], others: Sequence[str]) -> list[str]:
 
 def _open_hdf5(path: Path) -> h5py.File:
     if not path.exists():
-        raise DataError(f"{path}: no such file: check the path")
-    if not path.stat().st_size:
-        raise DataError(f"{path}: empty file (0 bytes): restore it")
+        raise FileError(path, "no_file", "no such file", "check the path")
+    if not (size := path.stat().st_size):
+        raise FileError(path, "empty_file", "empty file (0 bytes)", "restore it")
     try:
         return h5py.File(path, "r", locking="best-effort")
     except OSError as error:
         if "truncated" in str(error):
-            raise DataError(
-                f"{path}: truncated HDF5 file, it ends after {path.stat().st_size:,} bytes: "
-                "copy or download it again (`lesionflow data fetch` resumes)"
-            ) from None
+            problem = f"truncated HDF5 file, it ends after {size:,} bytes"
+            remedy = "copy it again, or download it again with `lesionflow data fetch`"
+            raise FileError(path, "truncated_hdf5", problem, remedy) from None
         if "signature not found" in str(error):
-            raise DataError(f"{path}: not an HDF5 file: restore it, or check the path") from None
-        raise DataError(f"{path}: can't be opened ({_first_line(error)}): restore the file") from None
+            raise FileError(path, "not_hdf5", "not an HDF5 file", "restore it, or check the path") from None
+        raise FileError(path, "damaged_hdf5", f"can't be opened ({_first_line(error)})", "restore the file") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,14 @@ NULLS = ["", "NA"]
 _SHOWN = 5
 
 
+class FileError(DataError):
+    """A file that can't be read at all; `code` names the fault for the audit."""
+
+    def __init__(self, path: Path, code: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{path}: {problem}: {remedy}")
+        self.path, self.code, self.problem, self.remedy = path, code, problem, remedy
+
+
 def read_metadata(path: Path, *, require: Sequence[str] = ("isic_id",)) -> pl.DataFrame:
     """A metadata CSV as a table: numbers Float64, `target` Int8, everything else String.
 
@@ -60,12 +68,12 @@ def read_cells(path: Path) -> pl.DataFrame:
     try:
         cells = pl.read_csv(path, infer_schema=False, null_values=NULLS, raise_if_empty=False)
     except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
-        raise DataError(_explain(path, len(names), error)) from None
+        raise _explain(path, len(names), error) from None
     if cells.columns != names:
         cells = cells.rename(dict(zip(cells.columns, names, strict=True)))
     # A line that is too short is padded with nulls in silence, which shows in the last column.
     if cells.height and len(names) > 1 and cells[names[-1]].null_count() and (line := _ragged(path, len(names))):
-        raise DataError(line)
+        raise FileError(path, "ragged_line", line, _RAGGED)
     return cells
 
 
@@ -130,45 +138,51 @@ def _check_ids(path: Path, table: pl.DataFrame) -> None:
 
 def _header(path: Path) -> list[str]:
     if not path.is_file():
-        raise DataError(f"{path}: no such file: check the path, or fetch the data with `lesionflow data fetch`")
+        raise FileError(
+            path, "no_file", "no such file", "check the path, or fetch the data with `lesionflow data fetch`"
+        )
     if not path.stat().st_size:
-        raise DataError(f"{path}: empty file (0 bytes): restore it")
+        raise FileError(path, "empty_file", "empty file (0 bytes)", "restore it")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             names = next(csv.reader(file), [])
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(_explain(path, 0, error)) from None
+        raise _explain(path, 0, error) from None
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"{path}: column {', '.join(repeated)} occurs twice in the header: rename or remove one")
+        problem = f"column {', '.join(repeated)} occurs twice in the header"
+        raise FileError(path, "repeated_column", problem, "rename or remove one")
     return names
 
 
-def _explain(path: Path, columns: int, error: Exception) -> str:
+_UTF8 = "save the file as UTF-8"
+_RAGGED = "restore the line, or quote the cell that contains a comma"
+
+
+def _explain(path: Path, columns: int, error: Exception) -> FileError:
     """Why a CSV can't be read, by line where that can be found out."""
     with path.open("rb") as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            return f"{path}: encoded as UTF-16: save it as UTF-8"
+            return FileError(path, "encoding", "encoded as UTF-16", _UTF8)
         file.seek(0)
         for number, line in enumerate(file, 1):
             try:
                 line.decode()
             except UnicodeDecodeError as wrong:
                 shown = line[max(wrong.start - 20, 0) : wrong.start + 1].decode("latin-1")
-                return f"{path}: line {number:,} isn't UTF-8 (near {shown!r}): save the file as UTF-8"
+                return FileError(path, "encoding", f"line {number:,} isn't UTF-8 (near {shown!r})", _UTF8)
+    if columns and (line_of_fault := _ragged(path, columns)):
+        return FileError(path, "ragged_line", line_of_fault, _RAGGED)
     first_line = (str(error).splitlines() or [type(error).__name__])[0]
-    return (columns and _ragged(path, columns)) or f"{path}: damaged CSV ({first_line}): restore the file"
+    return FileError(path, "damaged_table", f"damaged CSV ({first_line})", "restore the file")
 
 
 def _ragged(path: Path, columns: int) -> str:
-    """The message for the first line with another number of cells than the header, or an empty text."""
+    """What is wrong with the first line of another number of cells than the header, or an empty text."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         for row in reader:
             if row and len(row) != columns:
-                return (
-                    f"{path}: line {reader.line_num:,} ({row[0][:40]}) has {len(row)} cells, the header has {columns}: "
-                    "restore the line, or quote the cell that contains a comma"
-                )
+                return f"line {reader.line_num:,} ({row[0][:40]}) has {len(row)} cells, the header has {columns}"
     return ""
 
 

@@ -158,7 +158,7 @@ def paired_difference(
     interval are None, with the reason, under 20 malignant lesions.
     """
     patients = Patients(y, [s_a, s_b], groups)
-    a, b = (float(t.estimate(patients.everyone(), min_tpr)[0][0]) for t in patients.tables)
+    a, b = (float(t.value(patients.everyone(), min_tpr)[0]) for t in patients.tables)
     result = {"difference": a - b, "a": a, "b": b, "min_tpr": min_tpr, "p_better": None}
     if reason := _too_few(patients.malignant):
         return result | _refused(patients, level, reason).to_dict()
@@ -177,10 +177,9 @@ def paired_difference(
 def sample(patients: Patients, min_tprs: Sequence[float], replicates: int, seed: int) -> list[Sampled]:
     """The figure of the first score vector at each `min_tpr`, with its bootstrap distribution."""
     table = patients.tables[0]
-    drawn = [[table.estimate(w, t) for t in min_tprs] for w in patients.draws(replicates, seed)]
+    drawn = [table.estimate(w, min_tprs) for w in patients.draws(replicates, seed)]
     result = []
-    for i, min_tpr in enumerate(min_tprs):
-        value, error = table.estimate(patients.everyone(), min_tpr)
+    for i, (value, error) in enumerate(table.estimate(patients.everyone(), min_tprs)):
         values, errors = (np.concatenate([chunk[i][j] for chunk in drawn]) for j in (0, 1))
         result.append(Sampled(float(value[0]), float(error[0]), values, errors))
     return result

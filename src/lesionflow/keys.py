@@ -48,7 +48,9 @@ def tree_hash(path: Path) -> str:
 def code_version(rooms: tuple[str, ...]) -> str:
     """Version and source hash of the rooms (files or folders of the package) that a step runs through."""
     package = Path(__file__).parent
-    sources = [p for room in rooms for p in ([package / room] if room.endswith(".py") else (package / room).glob("*.py"))]
+    sources = [
+        p for room in rooms for p in ([package / room] if room.endswith(".py") else (package / room).glob("*.py"))
+    ]
     return f"{__version__}+{digest({str(p.relative_to(package)): file_hash(p) for p in sorted(sources)})[:16]}"
 
 
@@ -110,8 +112,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

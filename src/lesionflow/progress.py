@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from lesionflow.training.status import Progress as Training
 
 T = TypeVar("T")
 
@@ -34,3 +42,96 @@ def track(items: Iterable[T], what: str, *, total: int | None = None, show: bool
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield from progress.track(items, total=total, description=what)
+
+
+class TrainingBars:
+    """One bar per fold on a terminal; elsewhere a line per step and, about twice a minute, per fold."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True)
+        self._enabled = enabled
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=False,
+        )
+        self._tasks: dict[tuple[int, int], TaskID] = {}
+        self._told: dict[tuple[int, int], float] = {}
+
+    def __enter__(self) -> TrainingBars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def tell(self, text: str) -> None:
+        """One line: a step begins. Bars of the step before are left as they are."""
+        self._bars.stop()
+        if self._enabled:
+            self._console.print(f"[bold]{text}[/bold]", highlight=False)
+
+    def show(self, progress: Training) -> None:
+        """Where a fold is."""
+        if not self._enabled:
+            return
+        key = (progress.fold, progress.model)
+        what = f"fold {progress.fold}" + (f" model {progress.model}" if progress.model else "")
+        note = f"loss {progress.loss:.3f}  {progress.images_per_second:.0f} images/s"
+        if not self._console.is_terminal:
+            now, last = time.monotonic(), self._told.get(key, 0.0)
+            if now - last > 30 or (progress.step == progress.steps and last != float("inf")):
+                self._told[key] = float("inf") if progress.step == progress.steps else now
+                left = f"{progress.remaining_seconds:.0f} s left"
+                self._console.print(f"{what}: step {progress.step}/{progress.steps}  {note}  {left}", highlight=False)
+            return
+        if not self._tasks:
+            self._bars.start()
+        if key not in self._tasks:
+            self._tasks[key] = self._bars.add_task(what, total=progress.steps, note=note)
+        self._bars.update(self._tasks[key], completed=progress.step, note=note)
+
+
+def print_summary(run: Path) -> None:
+    """A short table of what a run found, and where to look."""
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = json.loads((run / "metrics.json").read_text())
+    table = Table(title=f"lesionflow: {run}", show_header=False, title_justify="left")
+    for name, value in summary_rows(metrics):
+        table.add_row(name, value)
+    for name, what in (
+        ("report.html", "report"),
+        ("MODEL_CARD.md", "model card"),
+        ("bundle", "bundle"),
+        ("events", "TensorBoard: tensorboard --logdir"),
+    ):
+        if (run / name).exists():
+            table.add_row(what, str(run / name))
+    if (run / "smoke.json").exists():
+        smoke = json.loads((run / "smoke.json").read_text())
+        table.add_row("service", f"answered on {smoke['lesions']} reference lesions, off by {smoke['max_abs']:.1e}")
+    console = Console()
+    console.print(table)
+    console.print("Not a medical device.")
+
+
+def print_answers(answers: list[dict[str, Any]], top: int) -> None:
+    """The service's `top` most suspicious answers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("image", "probability", "band")
+    for answer in sorted(answers, key=lambda a: -a["probability"])[:top]:
+        table.add_row(str(answer["image"]), f"{answer['probability']:.4f}", answer.get("band") or "-")
+    Console().print(table)
+    if len(answers) > top:
+        Console().print(f"and {len(answers) - top} less suspicious ones (--top N, --json for all)")
+    Console().print("Not a medical device.")

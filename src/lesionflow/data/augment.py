@@ -40,9 +40,8 @@ def augment(images: Tensor, randoms: Tensor, settings: Augment, spec: Preprocess
     else:
         x = _dihedral(images, settings, flip_x, flip_y, turn).to(torch.float32)
     matrix, offset = _colour(x, settings, torch.stack(colour, dim=1), spec)
-    size = x.shape[1:3]
-    x = torch.baddbmm(offset[:, None, :], x.flatten(1, 2), matrix.transpose(1, 2))
-    return x.unflatten(1, size).permute(0, 3, 1, 2)
+    flat = torch.baddbmm(offset[:, None, :], x.flatten(1, 2), matrix.transpose(1, 2))
+    return flat.view(x.shape).permute(0, 3, 1, 2)
 
 
 def _dihedral(images: Tensor, settings: Augment, flip_x: Tensor, flip_y: Tensor, turn: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ def _dihedral(images: Tensor, settings: Augment, flip_x: Tensor, flip_y: Tensor,
     if settings.flip:
         code = code + 4 * (flip_x < 0.5).long() + 8 * (flip_y < 0.5).long()
     out = torch.empty_like(images)
-    for symmetry in code.unique().tolist():
+    for symmetry in sorted(set(code.tolist())):
         chosen = code == symmetry
         part = torch.rot90(images[chosen], symmetry % 4, (1, 2))
         dims = [d for d, bit in ((2, 4), (1, 8)) if symmetry & bit]
@@ -109,4 +108,5 @@ def _hue_rotation(angle: Tensor) -> Tensor:
     turn[:, 0, 0] = 1
     turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
     turn[:, 1, 2], turn[:, 2, 1] = -angle.sin(), angle.sin()
-    return torch.linalg.inv(yiq) @ turn @ yiq
+    back: Tensor = torch.linalg.inv(yiq)
+    return back @ turn @ yiq

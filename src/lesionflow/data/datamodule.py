@@ -70,9 +70,7 @@ def pixels(store: Store, row: int, spec: PreprocessSpec) -> Pixels:
         ) from None
 
 
-def batches(
-    store: Store, rows: Sequence[int] | NDArray[np.int64], spec: PreprocessSpec, size: int
-) -> Iterator[Tensor]:
+def batches(store: Store, rows: Sequence[int] | NDArray[np.int64], spec: PreprocessSpec, size: int) -> Iterator[Tensor]:
     """Rows in order as uint8 [<=size, S, S, 3] batches."""
     for start in range(0, len(rows), size):
         chosen = [int(r) for r in rows[start : start + size]]
@@ -82,7 +80,9 @@ def batches(
 class LesionData(L.LightningDataModule):
     """The training loader of one fold, from any step on, for this rank."""
 
-    def __init__(self, store: Store, spec: PreprocessSpec, sampler: Sampler, *, start: int = 0, workers: int = 0) -> None:
+    def __init__(
+        self, store: Store, spec: PreprocessSpec, sampler: Sampler, *, start: int = 0, workers: int = 0
+    ) -> None:
         super().__init__()
         self.lesions = Lesions(store, spec)
         self.sampler, self.start, self.workers = sampler, start, workers
@@ -93,7 +93,7 @@ class LesionData(L.LightningDataModule):
         steps = StepSampler(self.sampler, self.start, trainer.global_rank, trainer.world_size)
         return DataLoader(
             self.lesions,
-            batch_sampler=steps,  # type: ignore[arg-type]
+            batch_sampler=steps,
             collate_fn=self.lesions.collate,
             num_workers=self.workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from lesionflow.data.store import Store
 from lesionflow.errors import DataError
 from lesionflow.keys import atomic, digest
 
@@ -44,9 +45,7 @@ class Folds:
         """Read folds; raises `DataError` if a single assignment differs from what was written."""
         try:
             table, stamps = pl.read_parquet(path), pl.read_parquet_metadata(path)
-            folds = cls(
-                table["isic_id"].to_list(), table["fold"].to_numpy(), stamps["data_hash"], int(stamps["seed"])
-            )
+            folds = cls(table["isic_id"].to_list(), table["fold"].to_numpy(), stamps["data_hash"], int(stamps["seed"]))
         except FileNotFoundError:
             raise DataError(f"{path}: no folds; run `lesionflow data split` first") from None
         except (pl.exceptions.PolarsError, KeyError, ValueError) as error:
@@ -122,3 +121,23 @@ def _deal(
         have_malignant[k] += m
         have_lesions[k] += n
     return fold
+
+
+def write_folds(store_path: Path, out: Path, *, count: int = 5, seed: int = 0) -> Folds:
+    """Split a store and write the folds, once: a file made for the same data and settings is kept.
+
+    Raises `DataError` for a file that was changed, or was made for other data or settings.
+    """
+    store = Store.open(store_path)
+    if out.exists():
+        folds = Folds.load(out)
+        folds.check(store.hash)
+        if (folds.count, folds.seed) != (count, seed):
+            raise DataError(
+                f"{out}: has {folds.count} folds with seed {folds.seed}, asked were {count} with seed {seed}; "
+                "keep those settings, or delete the file and everything trained on it"
+            )
+        return folds
+    folds = make_folds(store.ids, store.targets, store.groups, count=count, seed=seed, data_hash=store.hash)
+    folds.save(out)
+    return folds

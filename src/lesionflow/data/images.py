@@ -190,8 +190,8 @@ def decode(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Pixels:
 
 
 def _decode_slowly(data: bytes, info: ImageInfo) -> Pixels:
-    with Image.open(io.BytesIO(data), formats=(info.format,)) as image:
-        image = ImageOps.exif_transpose(image)
+    with Image.open(io.BytesIO(data), formats=(info.format,)) as file:
+        image: Image.Image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it.
             grey = (np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8)
             return np.repeat(grey[..., None], 3, axis=2)

@@ -133,27 +133,26 @@ def prepare(
         ids = metadata["isic_id"].to_list()
         keep = np.zeros(len(ids), bool)
         out.mkdir(parents=True, exist_ok=True)
-        with atomic(out / "lesions.arrow") as file:
-            with pa.ipc.new_file(file, columns) as writer:
-                images = track(source.images(ids), "prepare", total=len(ids), show=progress)
-                batch: list[bytes] = []
-                start = 0
-                for row, (isic_id, data) in enumerate(images):
-                    problem = _problem(data, thorough=skip_corrupt)
-                    if problem and not skip_corrupt:
-                        raise DataError(
-                            f"image {isic_id}: {problem}; `lesionflow data check` lists all such images, "
-                            "--skip-corrupt (or image.skip_corrupt = true) leaves them out"
-                        )
-                    if problem:
-                        skipped.append(isic_id)
-                    else:
-                        keep[row] = True
-                        batch.append(data)
-                    if row + 1 - start == _BATCH or row + 1 == len(ids):
-                        rows = arrow.slice(start, row + 1 - start).filter(pa.array(keep[start : row + 1]))
-                        _write(writer, columns, rows, batch, content)
-                        batch, start = [], row + 1
+        with atomic(out / "lesions.arrow") as file, pa.ipc.new_file(file, columns) as writer:
+            images = track(source.images(ids), "prepare", total=len(ids), show=progress)
+            batch: list[bytes] = []
+            start = 0
+            for row, (isic_id, data) in enumerate(images):
+                problem = _problem(data, thorough=skip_corrupt)
+                if problem and not skip_corrupt:
+                    raise DataError(
+                        f"image {isic_id}: {problem}; `lesionflow data check` lists all such images, "
+                        "--skip-corrupt (or image.skip_corrupt = true) leaves them out"
+                    )
+                if problem:
+                    skipped.append(isic_id)
+                else:
+                    keep[row] = True
+                    batch.append(data)
+                if row + 1 - start == _BATCH or row + 1 == len(ids):
+                    rows = arrow.slice(start, row + 1 - start).filter(pa.array(keep[start : row + 1]))
+                    _write(writer, columns, rows, batch, content)
+                    batch, start = [], row + 1
         targets = metadata.filter(pl.Series(keep))
         info = {
             "format": FORMAT,
@@ -185,7 +184,9 @@ def _rows(source: Source, part: str, skip_corrupt: bool) -> tuple[pl.DataFrame, 
     if metadata.is_empty():
         raise DataError(f"{part}-metadata.csv: no rows")
     if repeated := metadata.filter(pl.col("isic_id").is_duplicated())["isic_id"].unique().sort().to_list():
-        raise DataError(f"{part}-metadata.csv: {len(repeated)} ids stand twice, first {repeated[:3]}; keep one row each")
+        raise DataError(
+            f"{part}-metadata.csv: {len(repeated)} ids stand twice, first {repeated[:3]}; keep one row each"
+        )
     if part == "train" and (unlabelled := metadata.filter(pl.col("target").is_null())["isic_id"].to_list()):
         raise DataError(f"train-metadata.csv: {len(unlabelled)} rows without a target, first {unlabelled[:3]}")
     have = set(source.image_ids())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import timm
 import torch
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -53,10 +54,21 @@ def build(model: Model, *, pretrained: bool = True) -> nn.Module:
     return network
 
 
+class Members(nn.Module):
+    """The networks of one fold as one: normalised float32 [B, 3, S, S] -> mean logit [B]."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([network(x)[:, 0] for network in self.networks]).mean(0)
+
+
 def _calm_classifier(network: nn.Module) -> None:
     """Start from logits near zero: timm draws the weights of a single output from -1..1, which starts
     training at a loss of 3 instead of 0.7 and spends the first epochs undoing the pretrained features."""
-    classifier = network.get_classifier()
+    classifier = network.get_classifier()  # type: ignore[operator]
     if isinstance(classifier, nn.Linear):
         nn.init.normal_(classifier.weight, std=0.01)
         nn.init.zeros_(classifier.bias)
@@ -76,7 +88,7 @@ def _from_hub(backbone: str, options: dict[str, Any]) -> nn.Module:
         raise UsageError(
             f"recipe: model.weights: can't fetch ImageNet weights of {backbone} ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); use a backbone with offline weights "
-            f"({', '.join(_OFFLINE)}), a file (model.weights = PATH), or model.weights = \"none\""
+            f'({", ".join(_OFFLINE)}), a file (model.weights = PATH), or model.weights = "none"'
         ) from None
 
 
@@ -108,7 +120,7 @@ def _load(network: nn.Module, weights: dict[str, Tensor], *, in_order: bool) -> 
     if in_order:
         weights = dict(zip(own, weights.values(), strict=True))
     fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
-    classifier = {f"{network.default_cfg['classifier']}.{part}" for part in ("weight", "bias")}
+    classifier = {f"{network.default_cfg['classifier']}.{part}" for part in ("weight", "bias")}  # type: ignore[index]
     if lacking := set(own) - set(fitting) - classifier:
         raise UsageError(f"recipe: model.weights lack {len(lacking)} tensors, first {sorted(lacking)[0]}; wrong file?")
     network.load_state_dict(fitting, strict=False)
@@ -126,7 +138,7 @@ class LesionModule(L.LightningModule):
         self.recipe, self.spec, self.sampler, self.seed = recipe, spec, sampler, seed
         self.step = start
         torch.manual_seed(seed)
-        self.network = build(recipe.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = build(recipe.model).to(memory_format=torch.channels_last)
         # The average starts with a short memory (warm-up), else the pretrained weights would linger in it.
         self.average = ModelEmaV3(self.network, decay=recipe.training.ema, use_warmup=True, foreach=True)
         self.average.requires_grad_(False)

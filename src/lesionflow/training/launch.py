@@ -79,7 +79,9 @@ def train(
     nodes = Nodes.from_environment(os.environ)
     if processes > 1 or nodes.count > 1:
         worker = [str(run), "--folds", ",".join(map(str, folds))]
-        run_children([_torchrun(worker, processes, nodes)], run, folds, at_once=1, threads=_cores() // processes, show=show)
+        run_children(
+            [_torchrun(worker, processes, nodes)], run, folds, at_once=1, threads=_cores() // processes, show=show
+        )
         return
     jobs = jobs or default_jobs(len(folds))
     if len(folds) == 1 or jobs == 1:
@@ -139,7 +141,9 @@ def run_children(
             stopping = stop_asked() or any(o.code for o in outcomes.values())
             while waiting and len(running) < at_once and not stopping:
                 number, command = waiting.pop(0)
-                running[number] = _start(command, run / f"log-{folds[number]}.txt", Path(scratch) / str(number), threads)
+                running[number] = _start(
+                    command, run / f"log-{folds[number]}.txt", Path(scratch) / str(number), threads
+                )
             if stopping:
                 waiting.clear()
                 _terminate(list(running.values()))
@@ -225,7 +229,9 @@ def _raise_outcome(
                 raise kind(outcome.message)
         if interrupted:
             break
-        raise LesionflowError(f"training failed with exit code {outcome.code}: {outcome.message or _tail(log)}; see {log}")
+        raise LesionflowError(
+            f"training failed with exit code {outcome.code}: {outcome.message or _tail(log)}; see {log}"
+        )
     if interrupted:
         raise Preempted("stopped before training began or ended; run again to go on")
 

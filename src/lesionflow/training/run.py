@@ -53,7 +53,11 @@ def train_folds(run: Path, wanted: Sequence[int], *, show: Show | None = None) -
 
     Raises `DataError` for data that changed or can't be decoded, `Preempted` after a clean save.
     """
-    recipe, store, folds = Recipe.load(run / "recipe.toml"), Store.open(run / "store"), Folds.load(run / "folds.parquet")
+    recipe, store, folds = (
+        Recipe.load(run / "recipe.toml"),
+        Store.open(run / "store"),
+        Folds.load(run / "folds.parquet"),
+    )
     folds.check(store.hash)
     for fold in wanted:
         if not 0 <= fold < folds.count:

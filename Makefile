@@ -1,0 +1,46 @@
+# The tasks of this project; CI calls nothing else. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := demo
+
+.PHONY: help install demo test test-slow lint bench clean
+
+help:  ## list the tasks
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP)  ## make .venv with everything pinned
+
+$(STAMP): pyproject.toml requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lesionflow needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: install  ## make data, train in two processes, evaluate, export, serve and ask (5 minutes on 2 cores)
+	$(BIN)/lesionflow data synth --out $(DEMO)/data --patients 60 --lesions 2000 --seed 1
+	$(BIN)/lesionflow run quick --data $(DEMO)/data --out $(DEMO)/run --processes 2 --keep-serving
+	$(BIN)/lesionflow ask $(DEMO)/run $(DEMO)/data/test-image.hdf5
+	$(BIN)/lesionflow undeploy $(DEMO)/run
+	$(BIN)/lesionflow show $(DEMO)/run
+
+test: install lint  ## lint, types and the tests (under 20 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: install  ## the proofs that take longer
+	$(BIN)/python -m pytest -m slow
+
+lint: install  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## every benchmark: both sides in one run
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit; done
+
+clean:  ## remove what the tasks made (not .venv)
+	rm -rf $(DEMO) build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""`python -m lesionflow` is the command."""
+
+from lesionflow.cli import main
+
+main()

@@ -1,0 +1,478 @@
+"""The command line: Typer commands of a few lines each, no logic.
+
+Heavy imports live inside the commands, so that `lesionflow --help` and `score` cost what they need.
+Exit codes are those of `lesionflow.errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from lesionflow import __version__
+from lesionflow.errors import DataError, LesionflowError
+
+app = typer.Typer(
+    name="lesionflow",
+    help="Train, evaluate, export and serve skin-lesion triage models. Not a medical device.",
+    epilog="Start with: lesionflow data synth --out data && lesionflow run quick --data data --out runs/first",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+data_app = typer.Typer(help="Fetch, make, check, prepare and split data.", no_args_is_help=True)
+pipeline_app = typer.Typer(help="The same job as a Kubeflow pipeline.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(pipeline_app, name="pipeline")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a .toml file.", metavar="RECIPE")]
+DataOption = Annotated[Path, typer.Option("--data", help="Data set directory in the competition's layout.")]
+RunOption = Annotated[Path, typer.Option("--out", help="Run directory; an existing one is continued.")]
+RunArgument = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")]
+BundleArgument = Annotated[Path, typer.Argument(help="Bundle directory.", metavar="BUNDLE")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a recipe field, e.g. training.epochs=5; repeatable.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options before the command hold for all of them."""
+    if version:
+        typer.echo(f"lesionflow {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    data: DataOption,
+    out: RunOption,
+    set_: SetOption = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes per fold (torchrun).")] = 1,
+    jobs: Annotated[int, typer.Option(min=0, help="Folds trained side by side; 0: one per core or GPU.")] = 0,
+    incumbent: Annotated[Path | None, typer.Option(help="Bundle of an earlier run that must not be beaten by.")] = None,
+    serve_on: Annotated[bool, typer.Option("--keep-serving", help="Leave the service running at the end.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """The whole job: prepare, split, train, stack, evaluate, gate, export, deploy, smoke.
+
+    Interrupted or repeated, it goes on where it was: what is done under the same recipe, data and
+    code is not done again.
+
+    Example: lesionflow run quick --data data --out runs/first --processes 2
+    """
+    from lesionflow import steps
+    from lesionflow.progress import TrainingBars, print_summary
+
+    with TrainingBars(not quiet) as bars:
+        steps.run_all(
+            _load(recipe, set_), data, out,
+            processes=processes, jobs=jobs, incumbent=incumbent, keep_serving=serve_on,
+            tell=bars.tell, show=bars.show, progress=not quiet,
+        )  # fmt: skip
+    print_summary(out)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    data: DataOption,
+    out: RunOption,
+    fold: Annotated[str, typer.Option(help="Fold number, several with commas, or all.")] = "all",
+    processes: Annotated[int, typer.Option(min=1, help="Processes per fold and node (torchrun).")] = 1,
+    jobs: Annotated[int, typer.Option(min=0, help="Folds trained side by side; 0: one per core or GPU.")] = 0,
+    set_: SetOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Train folds, preparing and splitting first; continues from the last checkpoint.
+
+    Ends with exit code 143 after a clean save when it is told to stop (SIGTERM, Ctrl-C).
+
+    Example: lesionflow train baseline --data data --out runs/b --fold 0 --set training.epochs=3
+    """
+    from lesionflow import steps
+    from lesionflow.progress import TrainingBars
+
+    loaded = _load(recipe, set_)
+    with TrainingBars(not quiet) as bars:
+        planned = steps.begin(out, loaded, data)
+        steps.prepare(out, data, planned["prepare"], progress=not quiet)
+        steps.split(out, planned["split"])
+        folds = None if fold == "all" else _numbers(fold)
+        steps.train(out, planned["train"], folds=folds, processes=processes, jobs=jobs, show=bars.show)
+
+
+@app.command()
+def evaluate(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Combine the folds' out-of-fold scores and write metrics.json.
+
+    Example: lesionflow evaluate runs/first
+    """
+    from lesionflow import steps
+    from lesionflow.progress import print_summary
+
+    planned = steps.planned(run)
+    steps.stack(run, planned["stack"])
+    metrics = steps.evaluate(run, planned["evaluate"])
+    _print_json(metrics) if as_json else print_summary(run)
+
+
+@app.command()
+def gate(
+    run: RunArgument,
+    incumbent: Annotated[Path | None, typer.Option(help="Bundle of an earlier run to compare with.")] = None,
+) -> None:
+    """Write the report and the model card, and refuse (exit 4, with reasons) a model that isn't good enough.
+
+    Example: lesionflow gate runs/first --incumbent runs/best/bundle
+    """
+    from lesionflow import steps
+
+    planned = steps.planned(run, incumbent=incumbent)
+    for check in steps.gate(run, planned["gate"], incumbent=incumbent)["checks"]:
+        typer.echo(f"{'pass' if check['passed'] else 'FAIL'}  {check['text']}")
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option("--out", help="Copy the bundle here as well.")] = None,
+) -> None:
+    """Export the run's models to RUN/bundle (ONNX), if they agree with torch on stored lesions.
+
+    Example: lesionflow export runs/first --out first.bundle
+    """
+    from lesionflow import steps
+
+    made = steps.export(run, steps.planned(run)["export"])
+    typer.echo(str(steps.copy_bundle(made, out) if out else made))
+
+
+@app.command()
+def verify(bundle: BundleArgument) -> None:
+    """Check every file of a bundle against its manifest and reproduce the stored answers.
+
+    Example: lesionflow verify runs/first/bundle
+    """
+    from lesionflow.serving.predictor import Predictor
+
+    result = Predictor(bundle).smoke()
+    typer.echo(f"{bundle}: intact; {result['count']} reference lesions reproduced within {result['max_abs']:.1e}")
+
+
+@app.command()
+def predict(
+    bundle: BundleArgument,
+    images: Annotated[Path, typer.Option(help="HDF5 file, folder of images, or data set directory.")],
+    out: Annotated[Path, typer.Option("--out", help="Submission file (isic_id,target).")],
+    metadata: Annotated[Path | None, typer.Option(help="CSV whose isic_id column gives the rows.")] = None,
+    skip_corrupt: Annotated[bool, typer.Option(help="Count and list unusable images instead of stopping.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Score images with a bundle and write a submission file. Needs no torch.
+
+    Example: lesionflow predict runs/first/bundle --images data/test-image.hdf5 --out submission.csv
+    """
+    from lesionflow.serving.predictor import predict_files
+
+    result = predict_files(bundle, images, metadata=metadata, out=out, progress=not quiet, skip_corrupt=skip_corrupt)
+    if as_json:
+        _print_json(result)
+        return
+    typer.echo(f"{result['out']}: {result['rows']:,} rows, {result['images_per_second']:,} images/s")
+    for skipped in result["skipped"]:
+        typer.echo(f"left out {skipped['isic_id']}: {skipped['reason']}", err=True)
+
+
+@app.command()
+def score(
+    submission: Annotated[
+        Path, typer.Argument(help="CSV or Parquet with isic_id and target (or a run's oof.parquet).")
+    ],
+    truth: Annotated[Path, typer.Argument(help="CSV with isic_id and target, e.g. train-metadata.csv.")],
+    min_tpr: Annotated[float, typer.Option(help="Least true positive rate of the partial area.")] = 0.8,
+    replicates: Annotated[int, typer.Option(help="Bootstrap replicates for the interval; 0: none.")] = 2000,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a submission: the competition's pAUC above 80 % TPR, with a patient-clustered interval.
+
+    Example: lesionflow score submission.csv truth.csv --json
+    """
+    from lesionflow.evaluation.scoring import score_files
+
+    result = score_files(submission, truth, min_tpr=min_tpr, replicates=replicates)
+    if as_json:
+        _print_json(result)
+        return
+    from lesionflow.progress import print_score
+
+    print_score(result)
+
+
+@app.command()
+def serve(
+    bundle: BundleArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the model; all cores by default.")] = None,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="Written (JSON with the URL) once requests are taken.")
+    ] = None,
+) -> None:
+    """Serve a bundle on the Open Inference Protocol v2 (REST). Ctrl-C or SIGTERM drains and ends.
+
+    Example: lesionflow serve runs/first/bundle --port 8080
+    """
+    from lesionflow.serving.app import serve as run_server
+
+    run_server(bundle, host=host, port=port, threads=threads, ready_file=ready_file)
+
+
+@app.command()
+def deploy(
+    run: RunArgument,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 0,
+) -> None:
+    """Serve the run's bundle in the background and wait until it is ready; `undeploy` ends it.
+
+    Example: lesionflow deploy runs/first
+    """
+    from lesionflow import steps
+
+    typer.echo(steps.deploy(run, port=port)["url"])
+
+
+@app.command()
+def smoke(run: RunArgument) -> None:
+    """Ask the deployed service about the bundle's reference lesions and compare with the stored answers.
+
+    Example: lesionflow smoke runs/first
+    """
+    from lesionflow import steps
+
+    result = steps.smoke(run)
+    typer.echo(f"{result['url']}: {result['lesions']} reference lesions, off by at most {result['max_abs']:.1e}")
+
+
+@app.command()
+def undeploy(run: RunArgument) -> None:
+    """End the run's background service.
+
+    Example: lesionflow undeploy runs/first
+    """
+    from lesionflow import steps
+
+    steps.undeploy(run)
+
+
+@app.command()
+def show(run: RunArgument) -> None:
+    """Print what a run found, and where to look.
+
+    Example: lesionflow show runs/first
+    """
+    from lesionflow.progress import print_summary
+
+    print_summary(run)
+
+
+@app.command()
+def ask(
+    url: Annotated[str, typer.Argument(help="Where the service is, e.g. http://127.0.0.1:8080; or a deployed run.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, a folder of them, or an HDF5 file.")],
+    top: Annotated[int, typer.Option(min=1, help="How many to print.")] = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a running service about images; prints the most suspicious first.
+
+    Example: lesionflow ask http://127.0.0.1:8080 crops/
+    """
+    from lesionflow.progress import print_answers
+    from lesionflow.serving.client import ask as ask_service
+
+    if (deployed := Path(url) / "deploy.json").exists():
+        url = json.loads(deployed.read_text())["url"]
+    answers = ask_service(url, images)
+    _print_json(answers) if as_json else print_answers(answers, top)
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from lesionflow.recipe import Recipe, shipped
+
+    for name, path in shipped().items():
+        typer.echo(f"{name:14} {Recipe.load(path).description}")
+
+
+@data_app.command("synth")
+def data_synth(
+    out: Annotated[Path, typer.Option("--out", help="Where to write the data set.")],
+    patients: Annotated[int, typer.Option(help="Number of patients.")] = 40,
+    lesions: Annotated[int, typer.Option(help="Number of lesions.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    prevalence: Annotated[float, typer.Option(help="Share of malignant lesions (the real one is 0.001).")] = 0.05,
+    repeat_bytes: Annotated[
+        bool, typer.Option(help="Draw images from a small pool: millions of rows cheaply.")
+    ] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a synthetic mini SLICE-3D in the competition's layout, with the true answers in truth.json.
+
+    Example: lesionflow data synth --out data --patients 100 --lesions 5000
+    """
+    from lesionflow.data.synthetic import synthesize
+
+    synthesize(
+        out, patients=patients, lesions=lesions, seed=seed, prevalence=prevalence,
+        repeat_bytes=repeat_bytes, progress=not quiet,
+    )  # fmt: skip
+    typer.echo(f"{out}: {lesions:,} synthetic lesions of {patients:,} patients")
+
+
+@data_app.command("fetch")
+def data_fetch(
+    out: Annotated[Path, typer.Option("--out", help="Where to put the files.")],
+    competition: Annotated[str, typer.Option(help="Kaggle competition.")] = "isic-2024-challenge",
+    quiet: QuietOption = False,
+) -> None:
+    """Download the competition from Kaggle; resumes, checks, and does nothing when all is there.
+
+    The token comes from the environment or ~/.kaggle. Example: lesionflow data fetch --out data/isic-2024
+    """
+    from lesionflow.data.fetch import fetch
+
+    for path in fetch(out, competition=competition, progress=not quiet):
+        typer.echo(str(path))
+
+
+@data_app.command("check")
+def data_check(
+    directory: Annotated[Path, typer.Argument(help="Data set directory.", metavar="DIR")],
+    images: Annotated[bool, typer.Option(help="Decode and compare the images too.")] = True,
+    folds: Annotated[Path | None, typer.Option(help="A folds file to check against the patients.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Look for everything that would spoil a training or leak the label; exit 3 if there is an error.
+
+    Example: lesionflow data check data
+    """
+    from lesionflow.data import audit
+
+    findings = audit.audit(directory, images=images, folds=folds, progress=not quiet)
+    if as_json:
+        typer.echo(audit.to_json(findings))
+    else:
+        from rich.console import Console
+
+        Console().print(audit.render(findings))
+    if errors := sum(f.severity == "error" for f in findings):
+        raise DataError(f"{directory}: {errors} kinds of error; each is listed with its remedy")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    directory: Annotated[Path, typer.Argument(help="Data set directory.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write the store.")],
+    skip_corrupt: Annotated[bool, typer.Option(help="Leave out rows whose image is missing or damaged.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Stream a data set into a memory-mapped store.
+
+    Example: lesionflow data prepare data --out store
+    """
+    from lesionflow.data.store import prepare
+
+    store = prepare(directory, out, skip_corrupt=skip_corrupt, progress=not quiet)
+    typer.echo(f"{out}: {len(store):,} lesions, hash {store.hash[:12]}")
+    for isic_id in store.info["skipped"]:
+        typer.echo(f"left out {isic_id}", err=True)
+
+
+@data_app.command("split")
+def data_split(
+    store: Annotated[Path, typer.Argument(help="Prepared store.", metavar="STORE")],
+    out: Annotated[Path, typer.Option("--out", help="Folds file (Parquet).")],
+    folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 5,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Split a store into patient-grouped folds; an existing file for the same data is kept.
+
+    Example: lesionflow data split store --out folds.parquet
+    """
+    from lesionflow.data.folds import write_folds
+
+    made = write_folds(store, out, count=folds, seed=seed)
+    typer.echo(f"{out}: {made.count} folds, hash {made.hash[:12]}")
+
+
+@pipeline_app.command("run")
+def pipeline_run(
+    recipe: RecipeArgument,
+    data: DataOption,
+    out: RunOption,
+    local: Annotated[bool, typer.Option("--local", help="Run here, each step a process (kfp.local).")] = True,
+    processes: Annotated[int, typer.Option(min=1, help="Processes per fold (torchrun).")] = 1,
+    set_: SetOption = None,
+) -> None:
+    """Run the pipeline on this machine, step by step as on a cluster.
+
+    Example: lesionflow pipeline run quick --local --data data --out runs/pipeline
+    """
+    from lesionflow.cluster.pipeline import run_local
+    from lesionflow.progress import print_summary
+
+    run_local(_load(recipe, set_), data, out, processes=processes)
+    print_summary(out)
+
+
+def _load(recipe: str, overrides: list[str] | None) -> Any:
+    from lesionflow.recipe import Recipe
+
+    return Recipe.load(recipe, overrides or [])
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a fold number nor all", param_hint="--fold") from None
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def main() -> NoReturn:
+    """Run the command line and end the process with the error table's exit code."""
+    from lesionflow.training.status import report
+
+    debug = "--debug" in sys.argv[1:]
+    try:
+        app(standalone_mode=True)
+        code, message = 0, ""
+    except LesionflowError as error:
+        if debug:
+            raise
+        code, message = error.exit_code, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    except SystemExit as stop:
+        code, message = stop.code if isinstance(stop.code, int) else 1, ""
+    if message:
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    report(code, message)
+    sys.exit(code)

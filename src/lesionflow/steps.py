@@ -1,0 +1,551 @@
+"""The main job's steps: plain functions, paths and plain values in, files out.
+
+    prepare -> split -> train (per fold) -> stack -> evaluate -> gate -> export -> deploy -> smoke
+
+The command line, the pipeline's components and the notebooks call these and nothing else. A step
+whose work is done under the same content key (`keys`) returns at once; `run_all` is the steps in order.
+Everything is found in, and written to, the run directory:
+
+    recipe.toml  run.json  steps/<step>.json        what was asked, of which data, and what is done
+    store/  folds.parquet                           the data and its split, with their hashes
+    fold-<k>/  events/  metrics.csv                 weights, TensorBoard and curves
+    oof.parquet  metrics.json  gate.json            out-of-fold scores and what they are worth
+    report.html  MODEL_CARD.md  bundle/             for people, and for the service
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lesionflow import __version__, keys
+from lesionflow.errors import ClusterError, DataError, GateRefused, UsageError
+from lesionflow.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lesionflow.data.folds import Folds
+    from lesionflow.data.store import Store
+    from lesionflow.training.status import Progress
+
+STEPS = ("prepare", "split", "train", "stack", "evaluate", "gate", "export", "deploy", "smoke")
+
+_DATA = ("data/schema.py", "data/table.py", "data/images.py", "data/source.py", "data/store.py")
+# The code whose change makes a step's earlier work stale, and the recipe's sections it reads.
+_ROOMS: dict[str, tuple[str, ...]] = {
+    "prepare": _DATA,
+    "split": ("data/folds.py",),
+    "train": ("data/images.py", "data/sampler.py", "data/augment.py", "data/datamodule.py", "models", "training"),
+    "stack": (),
+    "evaluate": ("evaluation",),
+    "gate": ("evaluation",),
+    "export": ("export", "bundle.py", "serving", "data/synthetic.py"),
+}
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    "prepare": (),
+    "split": ("folds",),
+    "train": ("seed", "image", "sampling", "augment", "model", "optimizer", "training"),
+    "stack": (),
+    "evaluate": ("evaluation",),
+    "gate": ("gate",),
+    "export": ("name", "description"),
+}
+PARITY_LESIONS = 64
+"""Stored lesions on which the exported graph must agree with torch before a bundle is written."""
+REFERENCE_LESIONS = 8
+"""Synthetic lesions whose answers travel in the bundle."""
+
+
+def plan_keys(recipe: Recipe, fingerprint: str, incumbent: str = "") -> dict[str, str]:
+    """Every step's content key, known before the first one runs.
+
+    Keys chain: a step's inputs are what the step before it makes, so its key covers all that came
+    before. `fingerprint` is the data's (`fingerprint`), `incumbent` the bundle compared against.
+    """
+    values = recipe.to_dict()
+    keyed: dict[str, str] = {}
+    before = fingerprint
+    for step in STEPS[:-2]:
+        part = {name: values[name] for name in _SECTIONS[step]}
+        if step == "prepare":
+            part = {"skip_corrupt": recipe.image.skip_corrupt}
+        inputs = {"before": before, "incumbent": incumbent if step == "gate" else ""}
+        before = keyed[step] = keys.content_key(step, inputs, part, _ROOMS[step])
+    return keyed
+
+
+def fingerprint(data: Path) -> str:
+    """Hash of a data set directory's training files: their bytes, or names, sizes and times for image folders."""
+    from lesionflow.data.source import open_source
+
+    with open_source(data, "train") as source:
+        files = sorted(source.files)
+    large = len(files) > 64
+    return keys.digest(
+        {p.name: [p.stat().st_size, p.stat().st_mtime_ns] if large else keys.file_hash(p) for p in files}
+    )
+
+
+@contextlib.contextmanager
+def _step(run: Path, step: str, key: str, outputs: Callable[[], Sequence[str]]) -> Iterator[bool]:
+    """Yield whether the step has to run; afterwards, record what it wrote."""
+    if keys.is_done(run, step, key):
+        yield False
+        return
+    (run / "steps" / f"{step}.json").unlink(missing_ok=True)
+    started = time.monotonic()
+    yield True
+    keys.mark_done(run, step, key, outputs(), time.monotonic() - started)
+
+
+def begin(run: Path, recipe: Recipe, data: Path, *, incumbent: Path | None = None) -> dict[str, str]:
+    """Write `recipe.toml` and `run.json` and return the steps' keys. Raises `DataError` for unreadable data."""
+    run.mkdir(parents=True, exist_ok=True)
+    found = fingerprint(data)
+    keyed = plan_keys(recipe, found, keys.file_hash(incumbent / "MANIFEST.sha256") if incumbent else "")
+    keys.write_text(run / "recipe.toml", recipe.to_toml())
+    keys.write_json(
+        run / "run.json",
+        {
+            "recipe": recipe.name,
+            "data": str(data.resolve()),
+            "lesionflow": __version__,
+            "fingerprint": found,
+            "versions": _versions(),
+            "keys": keyed,
+        },
+    )
+    return keyed
+
+
+def planned(run: Path, *, incumbent: Path | None = None) -> dict[str, str]:
+    """The keys of a run that was begun, as `begin` wrote them (the gate's may follow another incumbent)."""
+    begun = _json(run / "run.json")
+    if incumbent is None:
+        return dict(begun["keys"])
+    return plan_keys(_recipe(run), begun["fingerprint"], keys.file_hash(incumbent / "MANIFEST.sha256"))
+
+
+def prepare(run: Path, data: Path, key: str, *, progress: bool = False) -> Path:
+    """Data set directory -> `store/`. Raises `DataError` naming what can't be used."""
+    from lesionflow.data import store
+
+    recipe = _recipe(run)
+    with _step(run, "prepare", key, lambda: ["store"]) as needed:
+        if needed:
+            store.prepare(data, run / "store", skip_corrupt=recipe.image.skip_corrupt, progress=progress)
+    return run / "store"
+
+
+def split(run: Path, key: str) -> Path:
+    """`store/` -> `folds.parquet`, written once; a second run reuses it, a changed file is refused."""
+    from lesionflow.data.folds import Folds, write_folds
+
+    path, options = run / "folds.parquet", _recipe(run).folds
+    record = keys.read_record(run, "split")
+    if path.exists():
+        Folds.load(path)  # Refuses a file whose assignments don't have the hash they were written with ...
+        if record is not None and record["outputs"]["folds.parquet"] != keys.file_hash(path):
+            # ... and this one, a file that was swapped together with its hash.
+            raise DataError(f"{path}: not the file this run wrote; delete it and its run directory, and split again")
+        if record is None or record["key"] != key:
+            path.unlink()  # Another recipe's or data set's folds.
+    with _step(run, "split", key, lambda: ["folds.parquet"]) as needed:
+        if needed:
+            write_folds(run / "store", path, count=options.count, seed=options.seed)
+    return path
+
+
+def train(
+    run: Path,
+    key: str,
+    *,
+    folds: Sequence[int] | None = None,
+    processes: int = 1,
+    jobs: int = 0,
+    show: Callable[[Progress], None] | None = None,
+) -> None:
+    """Train folds (all by default) -> `fold-<k>/` with weights and held-out scores, continuing what was begun."""
+    from lesionflow.data.folds import Folds
+    from lesionflow.training import launch
+
+    count = Folds.load(run / "folds.parquet").count
+    wanted = list(range(count)) if folds is None else list(folds)
+    if wrong := [k for k in wanted if not 0 <= k < count]:
+        raise UsageError(f"--fold {wrong[0]}: the run has folds 0 to {count - 1}")
+    if len(wanted) < count:
+        launch.train(run, wanted, processes=processes, jobs=jobs, show=show)
+        return
+    with _step(run, "train", key, lambda: [f"fold-{k}/{name}" for k in wanted for name in _fold_files(run)]) as needed:
+        if needed:
+            launch.train(run, wanted, processes=processes, jobs=jobs, show=show)
+
+
+def stack(run: Path, key: str) -> Path:
+    """`fold-<k>/oof.parquet` -> `oof.parquet`: every lesion once, scored by a model that never saw its patient."""
+    import polars as pl
+
+    store, folds = _open(run)
+    out = run / "oof.parquet"
+    with _step(run, "stack", key, lambda: ["oof.parquet"]) as needed:
+        if needed:
+            parts = []
+            for k in range(folds.count):
+                path = run / f"fold-{k}" / "oof.parquet"
+                if not path.exists():
+                    raise DataError(f"{path}: fold {k} has no scores; train it first (`lesionflow train --fold {k}`)")
+                part = pl.read_parquet(path)
+                if set(part["fold_hash"]) != {folds.hash} or (part["fold"] != k).any():
+                    raise DataError(f"{path}: scores of another split; delete {path.parent} and train fold {k} again")
+                parts.append(part)
+            table = pl.concat(parts)
+            extra = [c for c in ("patient_id", "sex", "age_approx", "anatom_site_general", "attribution") if c in
+                     store.table.columns]  # fmt: skip
+            table = table.join(store.table.select("isic_id", *extra), on="isic_id", how="left").sort("isic_id")
+            if len(table) != len(store) or table["isic_id"].n_unique() != len(store):
+                raise DataError(f"{out}: {len(table)} scores for {len(store)} lesions; train every fold again")
+            with keys.atomic(out) as file:
+                table.write_parquet(file)
+    return out
+
+
+def evaluate(run: Path, key: str) -> dict[str, Any]:
+    """`oof.parquet` -> `metrics.json` and the folds' curves in one `metrics.csv`."""
+    import polars as pl
+
+    from lesionflow.evaluation.evaluate import evaluate_oof
+
+    options = _recipe(run).evaluation
+    with _step(run, "evaluate", key, lambda: ["metrics.json", "metrics.csv"]) as needed:
+        if needed:
+            oof = pl.read_parquet(run / "oof.parquet")
+            metrics = evaluate_oof(
+                oof, replicates=options.replicates, seed=options.seed, sensitivity=options.sensitivity
+            )
+            curves = [pl.read_csv(p, infer_schema_length=None) for p in sorted(run.glob("fold-*/model-*/metrics.csv"))]
+            if curves:
+                # A resumed run wrote some steps twice; the later row is the one that counts.
+                merged = pl.concat(curves, how="diagonal_relaxed").unique(
+                    ["fold", "model", "step"], keep="last", maintain_order=True
+                )
+                keys.write_text(run / "metrics.csv", merged.write_csv())
+            else:
+                keys.write_text(run / "metrics.csv", "")
+            keys.write_json(run / "metrics.json", metrics)
+    return _json(run / "metrics.json")
+
+
+def gate(run: Path, key: str, *, incumbent: Path | None = None) -> dict[str, Any]:
+    """`metrics.json` -> `gate.json`, `report.html` and `MODEL_CARD.md`.
+
+    Raises `GateRefused` with the reasons when the model isn't good enough; the report is written all
+    the same. With an `incumbent` run's `oof.parquet` beside its bundle the paired difference counts too.
+    """
+    from lesionflow.evaluation import gate as gates
+
+    recipe = _recipe(run)
+    with _step(run, "gate", key, lambda: ["gate.json", "report.html", "MODEL_CARD.md"]) as needed:
+        if needed:
+            paired = _paired(run, incumbent) if incumbent else None
+            result = gates.check(_json(run / "metrics.json"), recipe.gate, paired=paired)
+            keys.write_json(run / "gate.json", result)
+            _report(run, result)
+            if not result["passed"]:
+                raise GateRefused("the gate refuses this model: " + "; ".join(result["reasons"]))
+    return _json(run / "gate.json")
+
+
+def export(run: Path, key: str) -> Path:
+    """Weights -> `bundle/`, only if the exported graph agrees with torch on stored lesions (else `GateRefused`)."""
+    import numpy as np
+
+    from lesionflow.data.datamodule import pixels
+    from lesionflow.export.onnx import export_bundle
+    from lesionflow.models.image import Members, preprocess_spec
+    from lesionflow.training.run import fold_weights, load_network
+
+    recipe, (store, folds), out = _recipe(run), _open(run), run / "bundle"
+    with _step(run, "export", key, lambda: ["bundle"]) as needed:
+        if needed:
+            if not _json(run / "gate.json")["passed"]:
+                raise GateRefused("the gate refused this run; see gate.json")
+            models = [
+                Members([load_network(path, recipe) for path in paths])
+                for paths in fold_weights(run, recipe, folds.count)
+            ]
+            spec = preprocess_spec(recipe)
+            rows = np.random.default_rng(0).choice(len(store), min(PARITY_LESIONS, len(store)), replace=False)
+            metrics = _json(run / "metrics.json")
+            info = {
+                "name": recipe.name,
+                "metrics": metrics,
+                # Thresholds belong to the combination that is served, which no lesion here has been held out from.
+                "thresholds": {},
+                "recipe": recipe.to_dict(),
+                "data_hash": store.hash,
+                "fold_hash": folds.hash,
+                "data_licence": _licences(store),
+                "synthetic": store.info["synthetic"],
+            }
+            export_bundle(
+                models,
+                out,
+                spec=spec,
+                info=info,
+                parity_images=np.stack([pixels(store, int(row), spec) for row in rows]),
+                tolerance=recipe.gate.parity,
+                reference=_reference_lesions(),
+                card=(run / "MODEL_CARD.md").read_text(),
+                tta=recipe.training.tta,
+            )
+    return out
+
+
+def copy_bundle(bundle: Path, out: Path) -> Path:
+    """A verified copy of a bundle. Raises `UsageError` when `out` is already there."""
+    import shutil
+
+    from lesionflow.bundle import Bundle
+
+    if out.exists():
+        raise UsageError(f"--out {out}: already there; choose another name or delete it")
+    shutil.copytree(bundle, out)
+    return Bundle.open(out).path
+
+
+def deploy(run: Path, *, port: int = 0, timeout: float = 60.0) -> dict[str, Any]:
+    """Start `lesionflow serve` on the run's bundle as a background process and wait until it is ready.
+
+    Writes `deploy.json` (url, pid). `smoke` checks and `undeploy` ends it. Raises `ClusterError` if it
+    doesn't become ready.
+    """
+    undeploy(run)
+    ready = run / ".ready.json"
+    ready.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "lesionflow", "serve", str(run / "bundle"), "--port", str(port)]
+    with (run / "serving.log").open("wb") as log:
+        server = subprocess.Popen(
+            [*command, "--ready-file", str(ready)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + timeout
+    try:
+        while not ready.exists():
+            if server.poll() is not None:
+                tail = (run / "serving.log").read_text(errors="replace").strip()[-500:]
+                raise ClusterError(f"the service ended with exit code {server.returncode}: {tail}")
+            if time.monotonic() > deadline:
+                raise ClusterError(f"the service wasn't ready after {timeout:.0f} s; see {run / 'serving.log'}")
+            time.sleep(0.05)
+    except BaseException:
+        server.kill()
+        server.wait()
+        raise
+    deployed = {"url": _json(ready)["url"], "pid": server.pid, "kind": "local"}
+    ready.unlink()
+    keys.write_json(run / "deploy.json", deployed)
+    return deployed
+
+
+def smoke(run: Path, url: str | None = None) -> dict[str, Any]:
+    """Ask the deployed service about the bundle's reference lesions and compare with the stored answers.
+
+    Writes `smoke.json`. Raises `GateRefused` if an answer is off, `ClusterError` if none comes.
+    """
+    from lesionflow.bundle import Bundle
+    from lesionflow.serving.client import ask
+    from lesionflow.serving.predictor import SMOKE_TOLERANCE
+
+    url = url or _json(run / "deploy.json")["url"]
+    bundle = Bundle.open(run / "bundle")
+    stored = bundle.answers()
+    started = time.monotonic()
+    answers = ask(url, [bundle.path / "reference" / entry["file"] for entry in stored])
+    worst = max(abs(answer["logit"] - entry["logit"]) for answer, entry in zip(answers, stored, strict=True))
+    result = {
+        "url": url,
+        "lesions": len(stored),
+        "max_abs": worst,
+        "seconds": round(time.monotonic() - started, 3),
+        "answers": answers,
+    }
+    keys.write_json(run / "smoke.json", result)
+    if not worst <= SMOKE_TOLERANCE:
+        raise GateRefused(
+            f"{url}: answers differ by {worst:.3g} from those stored in the bundle; don't use this service"
+        )
+    return result
+
+
+def undeploy(run: Path) -> None:
+    """End the run's local service, if one is running."""
+    path = run / "deploy.json"
+    if not path.exists():
+        return
+    deployed = _json(path)
+    if _is_server(deployed["pid"], run):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(deployed["pid"], signal.SIGTERM)
+            for _ in range(100):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(deployed["pid"], os.WNOHANG)
+                os.kill(deployed["pid"], 0)
+                time.sleep(0.1)
+    path.unlink(missing_ok=True)
+
+
+def run_all(
+    recipe: Recipe,
+    data: Path,
+    run: Path,
+    *,
+    processes: int = 1,
+    jobs: int = 0,
+    incumbent: Path | None = None,
+    keep_serving: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+    show: Callable[[Progress], None] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """All steps in order. `tell` hears one line a step, `show` the training's progress."""
+    keyed = begin(run, recipe, data, incumbent=incumbent)
+
+    def stage(step: str) -> str:
+        done = step in keyed and keys.is_done(run, step, keyed[step])
+        tell(f"{step}{' (already done)' if done else ''}")
+        return keyed.get(step, "")
+
+    prepare(run, data, stage("prepare"), progress=progress)
+    split(run, stage("split"))
+    train(run, stage("train"), processes=processes, jobs=jobs, show=show)
+    stack(run, stage("stack"))
+    evaluate(run, stage("evaluate"))
+    gate(run, stage("gate"), incumbent=incumbent)
+    export(run, stage("export"))
+    stage("deploy")
+    deploy(run)
+    try:
+        stage("smoke")
+        return smoke(run)
+    finally:
+        if not keep_serving:
+            undeploy(run)
+
+
+def _report(run: Path, gate_result: dict[str, Any]) -> None:
+    import polars as pl
+
+    from lesionflow.evaluation.report import write_card, write_report
+
+    recipe, (store, folds) = _recipe(run), _open(run)
+    curves = (run / "metrics.csv").read_text()
+    context = {
+        "recipe": recipe.to_dict(),
+        "recipe_toml": recipe.to_toml(),
+        "data_hash": store.hash,
+        "fold_hash": folds.hash,
+        "data": store.info,
+        "synthetic": store.info["synthetic"],
+        "data_licence": _licences(store),
+        "versions": _json(run / "run.json")["versions"],
+        "gate": gate_result,
+        "curves": pl.read_csv(run / "metrics.csv", infer_schema_length=None).to_dicts() if curves else [],
+    }
+    metrics = _json(run / "metrics.json")
+    write_report(run / "report.html", metrics, pl.read_parquet(run / "oof.parquet"), context)
+    write_card(run / "MODEL_CARD.md", metrics, context)
+
+
+def _paired(run: Path, incumbent: Path) -> dict[str, Any]:
+    """The paired difference to the run that the incumbent bundle came from, on the lesions both scored."""
+    import polars as pl
+
+    from lesionflow.evaluation.intervals import paired_difference
+
+    other = incumbent.parent / "oof.parquet"
+    if not other.exists():
+        raise UsageError(f"--incumbent {incumbent}: no oof.parquet beside the bundle to compare with; give RUN/bundle")
+    both = pl.read_parquet(run / "oof.parquet").join(pl.read_parquet(other), on="isic_id", suffix="_b")
+    if len(both) == 0:
+        raise DataError(f"{other}: shares no lesion with this run, so there is nothing to compare")
+    if set(both["fold_hash"]) != set(both["fold_hash_b"]):
+        raise DataError(f"{other}: another split than this run's; a paired comparison needs the same folds")
+    return paired_difference(
+        both["target"].to_numpy(), both["logit"].to_numpy(), both["logit_b"].to_numpy(), both["patient_group"].to_list()
+    )
+
+
+def _reference_lesions() -> list[tuple[str, bytes]]:
+    """Synthetic lesions for the bundle: never a patient's."""
+    import tempfile
+
+    from lesionflow.data.source import open_source
+    from lesionflow.data.synthetic import synthesize
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "reference"
+        synthesize(made, patients=4, lesions=REFERENCE_LESIONS, seed=7, prevalence=0.25, workers=1, progress=False)
+        with open_source(made) as source:
+            return [(f"{name}.jpg", data) for name, data in source.images(source.ids)]
+
+
+def _licences(store: Store) -> str:
+    if store.info["synthetic"]:
+        return "synthetic, made by lesionflow: no licence applies"
+    if "copyright_license" not in store.table.columns:
+        return "unknown: the metadata has no copyright_license column"
+    counts = store.table["copyright_license"].drop_nulls().value_counts(sort=True)
+    return ", ".join(f"{name} ({count:,} lesions)" for name, count in counts.iter_rows()) or "unknown"
+
+
+def _fold_files(run: Path) -> list[str]:
+    models = [f"model-{number}/weights.safetensors" for number in range(_recipe(run).model.per_fold)]
+    return ["oof.parquet", *models]
+
+
+def _open(run: Path) -> tuple[Store, Folds]:
+    from lesionflow.data.folds import Folds
+    from lesionflow.data.store import Store
+
+    store, folds = Store.open(run / "store"), Folds.load(run / "folds.parquet")
+    folds.check(store.hash)
+    return store, folds
+
+
+def _recipe(run: Path) -> Recipe:
+    return Recipe.load(run / "recipe.toml")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; run the step that writes it first") from None
+
+
+def _is_server(pid: int, run: Path) -> bool:
+    """Whether `pid` is still the service of this run and not some later process with its number."""
+    try:
+        return str(run / "bundle").encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    found = {"python": sys.version.split()[0]}
+    for package in ("torch", "timm", "lightning", "numpy", "polars", "pillow", "simplejpeg", "onnxruntime"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

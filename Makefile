@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: help install demo test test-slow lint bench clean
+.PHONY: help install demo test test-slow lint bench clean lock
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,3 +44,6 @@ bench: install  ## every benchmark: both sides in one run
 
 clean:  ## remove what the tasks made (not .venv)
 	rm -rf $(DEMO) build .pytest_cache .mypy_cache .ruff_cache
+
+lock:  ## pin what .venv holds (CUDA's packages follow torch's own pins)
+	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(nvidia-|cuda-|triton|pip|setuptools)' > requirements.txt

@@ -141,7 +141,7 @@ def _checked(oof: pl.DataFrame) -> pl.DataFrame:
         raise DataError("oof: rows of different fold hashes; predictions of different splits can't be pooled")
     split = table.group_by("patient_group").agg(pl.col("fold").n_unique().alias("folds")).filter(pl.col("folds") > 1)
     if len(split):
-        example = split["patient_group"].min()
+        example = str(split["patient_group"].sort()[0])
         raise DataError(f"oof: {len(split)} patients lie in more than one fold (such as {example}); split again")
     # A fixed order, so that the same predictions give the same file.
     return table.with_columns(pl.col("logit").cast(pl.Float64), pl.col("target").cast(pl.Int8)).sort("isic_id")

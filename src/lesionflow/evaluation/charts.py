@@ -33,7 +33,7 @@ def roc(fpr: Floats, tpr: Floats, min_tpr: float, name: str) -> str:
         f'<path class="chance" d="{_line([(0, 0), (1, 1)], x, y)}"/>',
         f'<path class="guide" d="{_line([(0, min_tpr), (1, min_tpr)], x, y)}"/>',
         f'<path class="curve" d="{_line(zip(fpr.tolist(), tpr.tolist(), strict=True), x, y)}"/>',
-        f'<text class="note" x="{x(0.97)}" y="{y(min_tpr) + 18:.1f}" text-anchor="end">'
+        f'<text class="note" x="{x(0.78)}" y="{y(min_tpr) - 7:.1f}" text-anchor="end">'
         f"shaded: above {min_tpr:.0%} sensitivity</text>",
     ]
     at = float(np.interp(min_tpr, tpr, fpr))
@@ -88,7 +88,7 @@ def histogram(malignant: Floats, benign: Floats, threshold: float | None, name: 
 
 def forest(rows: Sequence[Mapping[str, Any]], chance: float, maximum: float, name: str) -> str:
     """Figures with their intervals, one row each ({label, value, low, high}), on 0..maximum."""
-    left, width, step = 128, 276, 26
+    left, width, step = 150, 254, 26
     bottom = 10 + step * len(rows)
     x: Scale = lambda v: left + width * v / maximum  # noqa: E731
     body = [f'<path class="chance" d="M{x(chance):.1f} 4V{bottom}"/>']

@@ -59,13 +59,12 @@ def _floor(metrics: Mapping[str, Any], floor: float) -> dict[str, Any]:
 def _sensitivity(metrics: Mapping[str, Any], floor: float) -> dict[str, Any]:
     refer = metrics.get("thresholds", {}).get("refer")
     if refer is None:
-        return _one("sensitivity_floor", None, floor, False, "sensitivity: metrics hold no `refer` threshold")
+        return _one("sensitivity_floor", None, floor, False, "sensitivity: metrics hold no refer threshold")
     low = refer["lower_bound"]
     passed = low >= floor
     relation = "is not under" if passed else "is under"
-    text = (
-        f"sensitivity {refer['sensitivity']:.3f} at `refer`: the lower bound {low:.3f} {relation} the floor {floor:.3f}"
-    )
+    what = f"sensitivity {refer['sensitivity']:.3f} at the refer threshold"
+    text = f"{what}: its lower bound {low:.3f} {relation} the floor {floor:.3f}"
     return _one("sensitivity_floor", low, floor, passed, text)
 
 

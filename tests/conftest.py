@@ -1,0 +1,116 @@
+"""What several rooms' tests share: real data if there is any, a prepared store, one small real bundle."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SIZE = 32
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The real data's folder (LESIONFLOW_REAL_DATA, by default ../shared/data); skips where there is none."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(os.environ.get("LESIONFLOW_REAL_DATA", default))
+    if not (path / "isic2024-images").is_dir():
+        pytest.skip(f"no real data in {path}: set LESIONFLOW_REAL_DATA")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """A folder with a synthetic data set, `data/`, and the store made from it, `store/`."""
+    from lesionflow.data.synthetic import synthesize
+
+    from lesionflow.data.store import prepare
+
+    folder = tmp_path_factory.mktemp("prepared")
+    synthesize(folder / "data", patients=30, lesions=300, seed=1, prevalence=0.1, workers=1, progress=False)
+    prepare(folder / "data", folder / "store")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encode():
+    """Make an encoded lesion-like image: a dark blob on skin, different for every seed."""
+    from PIL import Image
+
+    def make(seed: int, kind: str = "JPEG", width: int = 97, height: int = 83) -> bytes:
+        rng = np.random.default_rng(seed)
+        y, x = np.mgrid[0:height, 0:width]
+        blob = np.exp(-(((x - width / 2) / rng.uniform(9, 25)) ** 2 + ((y - height / 2) / rng.uniform(9, 25)) ** 2))
+        skin, dark = rng.integers(150, 230, 3), rng.integers(20, 120, 3)
+        pixels = skin + (dark - skin) * blob[..., None] + rng.normal(0, 4, (height, width, 3))
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, kind)
+        return buffer.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_models():
+    """Two small networks with batch-norms that have seen data, float32 NCHW -> logit [B]."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    models = []
+    for _ in range(2):
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU6(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.Hardswish(),
+            nn.Flatten(),
+            nn.Linear(16 * (SIZE // 4) ** 2, 1),
+            nn.Flatten(0),
+        )
+        with torch.no_grad():
+            model.train()(torch.randn(64, 3, SIZE, SIZE))
+            model[7].weight.mul_(3)
+        models.append(model.eval())
+    return models
+
+
+@pytest.fixture(scope="session")
+def export_tiny(tiny_models, encode):
+    """Export the tiny models: `export_tiny(out, **changes)` gives what `export_bundle` gives."""
+    from lesionflow.data.images import PreprocessSpec, to_batch
+    from lesionflow.export.onnx import export_bundle
+
+    def export(out: Path, **changes):
+        spec = PreprocessSpec(size=SIZE)
+        arguments = {
+            "models": tiny_models,
+            "spec": spec,
+            "info": {"name": "tiny", "thresholds": {"refer": {"logit": 0.0, "sensitivity": 0.9}}, "synthetic": True},
+            "parity_images": to_batch([encode(seed) for seed in range(20)], spec),
+            "tolerance": 1e-4,
+            "reference": [("a.png", encode(100, "PNG")), ("b.jpg", encode(101))],
+        }
+        return export_bundle(out=out, **(arguments | changes))
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def bundle_dir(export_tiny, tmp_path_factory) -> Path:
+    """A verified bundle of two models; copy it before changing anything."""
+    out = tmp_path_factory.mktemp("exported") / "bundle"
+    export_tiny(out)
+    return out
+
+
+@pytest.fixture
+def bundle_copy(bundle_dir, tmp_path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))

@@ -1,0 +1,187 @@
+"""The exported graph says what torch says, or there is no bundle."""
+
+import json
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+from lesionflow.bundle import Bundle
+from lesionflow.data.images import PreprocessSpec
+from lesionflow.errors import GateRefused, UsageError
+from lesionflow.serving.predictor import Predictor
+
+SIZE = 32
+
+
+def by_hand(models, pixels, spec, flips=False):
+    """Plain torch, straight from the definition: float64 [N, K]."""
+    x = torch.from_numpy(pixels).double().permute(0, 3, 1, 2) / 255
+    x = (x - torch.tensor(spec.mean).view(1, 3, 1, 1)) / torch.tensor(spec.std).view(1, 3, 1, 1)
+    views = [x, x.flip(2), x.flip(3), x.flip(2).flip(3)] if flips else [x]
+    with torch.no_grad():
+        return np.stack([np.mean([m.double()(v).numpy() for v in views], axis=0) for m in map(copy_of, models)], axis=1)
+
+
+def copy_of(model):
+    import copy
+
+    return copy.deepcopy(model)
+
+
+def pixels(count, seed=0, size=SIZE):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 64])
+def test_the_graph_agrees_with_torch_at_any_batch_size(bundle_dir, tiny_models, count):
+    images = pixels(count)
+    fold_logits, logit = Predictor(bundle_dir).logits(images)
+    assert (fold_logits.shape, logit.shape) == ((count, 2), (count,))
+    if count:
+        expected = by_hand(tiny_models, images, PreprocessSpec(size=SIZE))
+        np.testing.assert_allclose(fold_logits, expected, atol=1e-5)
+        np.testing.assert_allclose(logit, expected.mean(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3, 64])
+def test_the_batch_is_dynamic_in_the_graph_itself(bundle_dir, count):
+    session = ort.InferenceSession(bundle_dir / "image.onnx")
+    fold_logits, logit = session.run(None, {"image": pixels(count)})
+    assert (fold_logits.shape, logit.shape) == ((count, 2), (count,))
+
+
+def test_mirror_images_are_averaged_in_the_graph(export_tiny, tiny_models, tmp_path):
+    export_tiny(tmp_path / "bundle", tta="flips")
+    images = pixels(5)
+    predictor = Predictor(tmp_path / "bundle")
+    _, logit = predictor.logits(images)
+    expected = by_hand(tiny_models, images, PreprocessSpec(size=SIZE), flips=True).mean(1)
+    np.testing.assert_allclose(logit, expected, atol=1e-5)
+    plain = by_hand(tiny_models, images, PreprocessSpec(size=SIZE)).mean(1)
+    assert np.abs(plain - expected).max() > 0.01, "mirroring must matter for this test to mean anything"
+    np.testing.assert_allclose(predictor.logits(images[:, ::-1, ::-1].copy())[1], logit, atol=1e-5)
+
+
+def test_a_real_backbone_exports_lean_and_for_old_runtimes(tmp_path, encode):
+    import onnx
+    import timm
+
+    from lesionflow.export.onnx import export_bundle
+
+    torch.manual_seed(1)
+    spec = PreprocessSpec(size=64)
+    model = timm.create_model("mobilenetv3_small_050", num_classes=1)  # [B, 1], and in training mode.
+    result = export_bundle(
+        [model],
+        tmp_path / "bundle",
+        spec=spec,
+        info={"name": "real"},
+        parity_images=pixels(18, size=64),
+        tolerance=1e-3,
+        reference=[("a.jpg", encode(0))],
+        card=None,
+    )
+    assert model.training, "the caller's model stays as it was"
+    assert 0 < result["parity"]["max_abs"] <= 1e-3
+    graph = onnx.load(tmp_path / "bundle" / "image.onnx")
+    assert [(o.domain, o.version) for o in graph.opset_import] == [("", 18)]
+    assert graph.ir_version == 8
+    kinds = {node.op_type for node in graph.graph.node}
+    assert "BatchNormalization" not in kinds
+    raw = (tmp_path / "bundle" / "image.onnx").read_bytes()
+    assert b".py" not in raw, "no source paths or stack traces of the exporting machine"
+
+
+def test_the_result_and_bundle_json_record_parity(bundle_dir, export_tiny, tmp_path):
+    result = export_tiny(tmp_path / "b")
+    info = Bundle.open(tmp_path / "b").info
+    assert info["parity"] == result["parity"]
+    assert info["parity"]["count"] == 20
+    assert 0 <= info["parity"]["mean_abs"] <= info["parity"]["max_abs"] <= 1e-4
+    assert info["graph"]["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, SIZE, SIZE, 3]}]
+    assert info["graph"]["outputs"][0]["shape"] == [-1, 2]
+    assert info["synthetic"] is True
+    answers = json.loads((tmp_path / "b/reference/answers.json").read_text())["answers"]
+    assert [a["file"] for a in answers] == ["a.png", "b.jpg"]
+
+
+class Unfaithful(nn.Module):
+    """Says one thing in torch and another when traced for export."""
+
+    def __init__(self, off):
+        super().__init__()
+        self.off = off
+
+    def forward(self, x):
+        answer = x.mean((1, 2, 3))
+        return answer + self.off if torch.compiler.is_compiling() else answer
+
+
+@pytest.mark.parametrize("off", [2e-4, -5.0, float("nan")])
+def test_a_graph_that_differs_is_refused_and_leaves_nothing(export_tiny, tmp_path, off):
+    with pytest.raises(GateRefused, match="parity"):
+        export_tiny(tmp_path / "bundle", models=[Unfaithful(off)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_unfaithful_model_passes_once_the_difference_is_allowed(export_tiny, tmp_path):
+    result = export_tiny(tmp_path / "bundle", models=[Unfaithful(2e-4)], tolerance=1e-3)
+    assert result["parity"]["max_abs"] == pytest.approx(2e-4, rel=0.01)
+
+
+def test_a_refused_export_leaves_the_old_bundle_working(export_tiny, bundle_copy):
+    before = Bundle.open(bundle_copy).version
+    with pytest.raises(GateRefused):
+        export_tiny(bundle_copy, models=[Unfaithful(1.0)])
+    assert Bundle.open(bundle_copy).version == before
+    assert [p.name for p in bundle_copy.parent.iterdir()] == ["bundle"]
+
+
+def test_a_complete_export_replaces_the_old_bundle(export_tiny, tiny_models, bundle_copy):
+    export_tiny(bundle_copy, models=tiny_models[:1], info={"name": "next"})
+    assert (Bundle.open(bundle_copy).name, Bundle.open(bundle_copy).models) == ("next", 1)
+    assert [p.name for p in bundle_copy.parent.iterdir()] == ["bundle"]
+
+
+def test_a_folder_that_is_not_a_bundle_is_never_replaced(export_tiny, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="not a bundle"):
+        export_tiny(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_model_that_cannot_be_exported_is_a_clear_error(export_tiny, tmp_path):
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x.mean((1, 2, 3)) if x.sum().item() > 0 else x.amax((1, 2, 3))
+
+    with pytest.raises(UsageError, match="can't be exported"):
+        export_tiny(tmp_path / "bundle", models=[Branching()])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"models": []},
+        {"tta": "all"},
+        {"parity_images": pixels(0)},
+        {"parity_images": pixels(2, size=16)},
+        {"reference": []},
+        {"reference": [("../a.png", b"")]},
+        {"reference": [("answers.json", b"")]},
+    ],
+)
+def test_arguments_that_make_no_bundle_are_refused_at_once(export_tiny, tmp_path, changes):
+    with pytest.raises(UsageError):
+        export_tiny(tmp_path / "bundle", **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_exporter_is_silent(export_tiny, tmp_path, capfd):
+    export_tiny(tmp_path / "bundle")
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")

@@ -1,0 +1,210 @@
+"""The service over a real socket: the predictor's answers in every form, and a clean end."""
+
+from __future__ import annotations
+
+import base64
+import json
+import signal
+import socket
+import struct
+import time
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+
+from lesionflow.data.images import PreprocessSpec, to_batch
+from lesionflow.serving.predictor import Predictor
+
+INFER = "/v2/models/tiny/infer"
+
+
+@pytest.fixture(scope="module")
+def expected(bundle_dir, encode):
+    return Predictor(bundle_dir).predict([encode(n) for n in range(5)])
+
+
+@pytest.fixture
+def http(service):
+    with httpx.Client(base_url=service.url, timeout=20) as client:
+        yield client
+
+
+def binary(head: dict, *tensors: bytes) -> tuple[bytes, dict]:
+    text = json.dumps(head).encode()
+    return text + b"".join(tensors), {"Inference-Header-Content-Length": str(len(text))}
+
+
+def elements(images) -> bytes:
+    return b"".join(struct.pack("<I", len(image)) + image for image in images)
+
+
+def outputs(response) -> dict:
+    """Decode a response by hand, JSON or binary."""
+    assert response.status_code == 200, response.text
+    length = response.headers.get("Inference-Header-Content-Length")
+    head = json.loads(response.content[: int(length)] if length else response.content)
+    at, found = int(length or 0), {}
+    for tensor in head["outputs"]:
+        if "data" in tensor:
+            found[tensor["name"]] = np.reshape(tensor["data"], tensor["shape"])
+            continue
+        raw = response.content[at : at + tensor["parameters"]["binary_data_size"]]
+        at += len(raw)
+        if tensor["datatype"] == "BYTES":
+            values = []
+            while raw:
+                (size,) = struct.unpack("<I", raw[:4])
+                values.append(raw[4 : 4 + size].decode())
+                raw = raw[4 + size :]
+            found[tensor["name"]] = np.array(values)
+        else:
+            kind = {"FP32": "<f4", "FP64": "<f8"}[tensor["datatype"]]
+            found[tensor["name"]] = np.frombuffer(raw, kind).reshape(tensor["shape"])
+    assert not length or at == len(response.content)
+    return found
+
+
+def assert_same(found: dict, expected) -> None:
+    np.testing.assert_allclose(found["logit"], [a.logit for a in expected], atol=1e-6)
+    np.testing.assert_allclose(found["probability"], [a.probability for a in expected], atol=1e-6)
+    np.testing.assert_allclose(found["fold_logits"], [a.fold_logits for a in expected], atol=1e-6)
+    assert found["band"].tolist() == [a.band for a in expected]
+
+
+def test_it_says_what_it_is(http):
+    assert http.get("/v2").json()["extensions"] == ["binary_tensor_data"]
+    assert http.get("/v2/health/live").json() == {"live": True}
+    assert http.get("/v2/health/ready").json() == {"ready": True}
+    assert http.get("/v2/models/tiny/ready").json() == {"name": "tiny", "ready": True}
+    assert http.post("/v2/repository/index").json() == [{"name": "tiny", "version": "1", "state": "READY"}]
+    metadata = http.get("/v2/models/tiny").json()
+    assert metadata["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
+    assert {o["name"]: o["shape"] for o in metadata["outputs"]}["fold_logits"] == [-1, 2]
+    assert metadata["parameters"]["notice"] == "Not a medical device."
+    assert http.get("/v2/models/tiny/versions/1").json() == metadata
+
+
+@pytest.mark.parametrize("parameters", [{}, {"parameters": {"content_type": "base64"}}])
+def test_json_with_base64_images(http, encode, expected, parameters):
+    data = [base64.b64encode(encode(n)).decode() for n in range(5)]
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [5], "data": data, **parameters}
+    response = http.post(INFER, json={"id": "visit-7", "inputs": [tensor]})
+    assert response.json()["id"] == "visit-7"
+    assert_same(outputs(response), expected)
+
+
+@pytest.mark.parametrize("shape", [[5], [5, 1]])
+def test_binary_images_and_binary_answers(http, encode, expected, shape):
+    data = elements(encode(n) for n in range(5))
+    tensor = {"name": "image", "datatype": "BYTES", "shape": shape, "parameters": {"binary_data_size": len(data)}}
+    body, headers = binary({"inputs": [tensor], "parameters": {"binary_data_output": True}}, data)
+    response = http.post("/v2/models/tiny/versions/1/infer", content=body, headers=headers)
+    assert response.headers["content-type"] == "application/octet-stream"
+    assert_same(outputs(response), expected)
+
+
+def test_pixels_in_both_forms(http, encode, expected):
+    pixels = to_batch([encode(n) for n in range(5)], PreprocessSpec(size=32))
+    tensor = {"name": "image", "datatype": "UINT8", "shape": list(pixels.shape)}
+    assert_same(outputs(http.post(INFER, json={"inputs": [{**tensor, "data": pixels.tolist()}]})), expected)
+    assert_same(outputs(http.post(INFER, json={"inputs": [{**tensor, "data": pixels.ravel().tolist()}]})), expected)
+    sized = {**tensor, "parameters": {"binary_data_size": pixels.nbytes}}
+    body, headers = binary({"inputs": [sized]}, pixels.tobytes())
+    assert_same(outputs(http.post(INFER, content=body, headers=headers)), expected)
+
+
+def test_only_what_is_asked_for_in_the_form_asked_for(http, encode, expected):
+    data = [base64.b64encode(encode(0)).decode()]
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": data}
+    wanted = [{"name": "logit", "parameters": {"binary_data": True}}, {"name": "band"}]
+    response = http.post(INFER, json={"inputs": [tensor], "outputs": wanted})
+    found = outputs(response)
+    assert list(found) == ["logit", "band"]
+    assert found["logit"].dtype == np.dtype("<f4")
+    assert found["band"].tolist() == [expected[0].band]
+
+
+def test_health_answers_while_the_model_works(http, service, encode):
+    """Six requests of 64 images are in the queue; health must not wait behind them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    data = elements(encode(n % 5, width=600, height=600) for n in range(64))
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [64], "parameters": {"binary_data_size": len(data)}}
+    body, headers = binary({"inputs": [tensor]}, data)
+    with ThreadPoolExecutor(8) as pool:
+        futures = [
+            pool.submit(httpx.post, service.url + INFER, content=body, headers=headers, timeout=60) for _ in range(6)
+        ]
+        slowest = 0.0
+        while not all(f.done() for f in futures):
+            started = time.monotonic()
+            assert http.get("/v2/health/live").status_code == 200
+            slowest = max(slowest, time.monotonic() - started)
+        total = [f.result().status_code for f in futures]
+    assert total == [200] * 6
+    assert slowest < 2.0
+
+
+def test_it_prints_one_line_and_sigterm_ends_it_with_zero(start, bundle_dir):
+    with start(bundle_dir) as running:
+        httpx.get(running.url + "/v2/health/ready")
+        code, out, err = running.stop(signal.SIGTERM)
+    assert (code, err) == (0, "")
+    assert out == f"{running.url} serves tiny; Ctrl-C ends it. Not a medical device.\n"
+
+
+def test_control_c_ends_it_with_zero(start, bundle_dir):
+    with start(bundle_dir) as running:
+        assert running.stop(signal.SIGINT)[0] == 0
+
+
+def test_a_request_that_has_begun_is_answered_before_the_end(start, bundle_dir, encode):
+    data = elements([encode(0)])
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(data)}}
+    body, headers = binary({"inputs": [tensor]}, data)
+    with start(bundle_dir) as running:
+        parts = urlsplit(running.url)
+        with socket.create_connection((parts.hostname, parts.port), timeout=20) as connection:
+            head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            head += "".join(f"{k}: {v}\r\n" for k, v in headers.items()) + "\r\n"
+            connection.sendall(head.encode() + body[:-10])
+            time.sleep(0.3)
+            running.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            assert running.process.poll() is None, "it waits for the request"
+            connection.sendall(body[-10:])
+            answer = b""
+            while chunk := connection.recv(65536):
+                answer += chunk
+        running.process.communicate(timeout=20)
+        assert running.process.returncode == 0
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b'"probability"' in answer
+
+
+def test_a_busy_port_is_a_usage_error(service, bundle_dir):
+    from lesionflow.errors import UsageError
+    from lesionflow.serving.app import serve
+
+    port = urlsplit(service.url).port
+    with pytest.raises(UsageError, match=f"--port {port}: in use"):
+        serve(bundle_dir, port=port)
+
+
+def test_an_address_that_is_not_ours_is_a_usage_error(bundle_dir):
+    from lesionflow.errors import UsageError
+    from lesionflow.serving.app import serve
+
+    with pytest.raises(UsageError, match="--host"):
+        serve(bundle_dir, host="203.0.113.7", port=0)
+
+
+def test_a_tampered_bundle_is_not_served(bundle_copy):
+    from lesionflow.errors import DataError
+    from lesionflow.serving.app import serve
+
+    (bundle_copy / "MODEL_CARD.md").write_text("better than it is")
+    with pytest.raises(DataError, match="MODEL_CARD"):
+        serve(bundle_copy, port=0)

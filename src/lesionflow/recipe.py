@@ -92,6 +92,9 @@ class Model:
     """Dropout before the classifier."""
     drop_path: float = _bound(0.0, 0, 0.9)
     """Stochastic depth, where the backbone knows it."""
+    freeze: int = _bound(0, 0, 50)
+    """Stages kept at their pretrained weights and statistics, counted from the input (1: the stem):
+    cheaper steps, and less to overfit with few malignant lesions."""
     per_fold: int = _bound(1, 1, 20)
     """Independently seeded models per fold, whose logits are averaged."""
 

@@ -23,9 +23,12 @@ _YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
 def normalise(images: Tensor, spec: PreprocessSpec) -> Tensor:
     """uint8 [B, S, S, 3] to the network's float32 [B, 3, S, S] (channels last in memory)."""
-    mean, std = images.new_tensor(spec.mean, dtype=torch.float32), images.new_tensor(spec.std, dtype=torch.float32)
-    x = images.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
-    return x.permute(0, 3, 1, 2)
+    b, height, width, channels = images.shape
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=images.device) for v in (spec.mean, spec.std))
+    # A whole line of pixels at a time: broadcasting over three channels alone would be four times slower.
+    scale, offset = (1 / (255 * std)).repeat(width), (-mean / std).repeat(width)
+    lines = images.view(b, height, width * channels).to(torch.float32)
+    return torch.addcmul(offset, lines, scale).view(images.shape).permute(0, 3, 1, 2)
 
 
 def augment(images: Tensor, randoms: Tensor, settings: Augment, spec: PreprocessSpec) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import timm
 import torch
+from timm.models import group_parameters
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
@@ -52,6 +53,25 @@ def build(model: Model, *, pretrained: bool = True) -> nn.Module:
         _load(network, _read_weights(Path(weights)), in_order=False)
     _calm_classifier(network)
     return network
+
+
+def frozen_parts(network: nn.Module, stages: int) -> list[nn.Module]:
+    """Fix the first `stages` (as timm groups the layers, 1: the stem) and return their normalisation layers.
+
+    Those must stay in evaluation mode, or their running statistics would go on moving.
+    """
+    if not stages:
+        return []
+    groups = group_parameters(network, network.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
+    fixed = {name for name, group in groups.items() if group < stages}
+    for name, parameter in network.named_parameters():
+        if name in fixed:
+            parameter.requires_grad_(False)
+    return [
+        module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in fixed
+    ]
 
 
 class Members(nn.Module):
@@ -140,8 +160,15 @@ class LesionModule(L.LightningModule):
         torch.manual_seed(seed)
         self.network = build(recipe.model).to(memory_format=torch.channels_last)
         # The average starts with a short memory (warm-up), else the pretrained weights would linger in it.
+        self._frozen = frozen_parts(self.network, recipe.model.freeze)
         self.average = ModelEmaV3(self.network, decay=recipe.training.ema, use_warmup=True, foreach=True)
         self.average.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> LesionModule:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed((self.seed * 1_000_003 + self.step) * 1_009 + self.global_rank)

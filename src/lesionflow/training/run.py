@@ -123,7 +123,7 @@ def _train_model(
 
     def validate(module: LesionModule) -> dict[str, float]:
         logits = score(module.final, store, held_out, spec, options.tta)
-        module.network.train()
+        module.train()
         return {"pauc": pauc(store.targets[held_out], logits), "auc": auc(store.targets[held_out], logits)}
 
     events = run / "events" / f"fold-{fold}-model-{number}"

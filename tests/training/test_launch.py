@@ -1,0 +1,147 @@
+"""Exit codes as the outside sees them, and the operators' environments."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lesionflow.training.launch import Nodes, _torchrun
+from lesionflow.training.status import Outcome, collect, report
+
+TINY = ["--set", "model.backbone=mobilenetv3_small_050", "--set", "model.weights=none", "--set", "image.size=32",
+        "--set", "folds.count=2", "--set", "training.batch_size=16", "--set", "training.validate_every=0",
+        "--set", "evaluation.replicates=200"]  # fmt: skip
+
+
+def lesionflow(*arguments: object) -> subprocess.Popen[str]:
+    """The command as a container's first process would be started."""
+    command = [sys.executable, "-m", "lesionflow", *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def ends(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=seconds)
+    return process.returncode, errors
+
+
+def test_a_bad_recipe_is_2(synthetic: Path, tmp_path: Path) -> None:
+    code, errors = ends(lesionflow("train", "quick", "--data", synthetic, "--out", tmp_path / "r", "--set", "seed=-1"))
+    assert code == 2
+    assert errors.startswith("error: ")
+    assert "seed" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_recipe_that_only_the_workers_find_bad_is_2(synthetic: Path, tmp_path: Path) -> None:
+    code, errors = ends(
+        lesionflow(
+            "train",
+            "quick",
+            "--data",
+            synthetic,
+            "--out",
+            tmp_path / "r",
+            "--processes",
+            2,
+            *TINY,
+            "--set",
+            "model.weights=missing.pt",
+        )  # fmt: skip
+    )
+    assert code == 2, errors
+    assert "missing.pt" in errors
+
+
+def test_a_corrupt_image_is_3_and_named(synthetic: Path, tmp_path: Path) -> None:
+    import h5py
+    import numpy as np
+
+    data = tmp_path / "data"
+    shutil.copytree(synthetic, data)
+    with h5py.File(data / "train-image.hdf5", "r+") as file:
+        name = sorted(file)[5]
+        cut = bytes(file[name][()])[:-300]
+        del file[name]
+        file.create_dataset(name, data=np.bytes_(cut))
+    options = ("--data", data, *TINY, "--set", "training.epochs=2", "--set", "sampling.kind=shuffle")
+    code, errors = ends(lesionflow("train", "quick", "--out", tmp_path / "r", "--processes", 2, *options))
+    assert code == 3, errors
+    assert name in errors
+    code, errors = ends(
+        lesionflow("train", "quick", "--out", tmp_path / "s", *options, "--set", "image.skip_corrupt=true")
+    )
+    assert code == 0, errors
+    assert name in (tmp_path / "s" / "store" / "store.json").read_text(), "left out, and listed"
+
+
+def test_a_refused_gate_is_4_with_reasons_and_a_report(synthetic: Path, tmp_path: Path) -> None:
+    options = ("--data", synthetic, "--out", tmp_path / "r", *TINY, "--set", "training.epochs=1")
+    code, errors = ends(lesionflow("run", "quick", *options, "--set", "gate.pauc_floor=0.2"))
+    assert code == 4, errors
+    assert "gate" in errors
+    assert (tmp_path / "r" / "report.html").exists()
+    assert not (tmp_path / "r" / "bundle").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stopped_training_is_143_and_can_go_on(synthetic: Path, tmp_path: Path, processes: int) -> None:
+    options = ("--data", synthetic, "--out", tmp_path / "r", "--processes", processes, *TINY)
+    options = (*options, "--set", "training.epochs=3000")
+    process = lesionflow("train", "quick", *options)
+    curve = tmp_path / "r" / "fold-0" / "model-0" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not curve.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    code, errors = ends(process, 60)
+    assert code == 143, errors
+    assert "saved" in errors
+    assert (tmp_path / "r" / "fold-0" / "model-0" / "last.ckpt").exists()
+
+
+def test_children_die_with_a_killed_parent(synthetic: Path, tmp_path: Path) -> None:
+    process = lesionflow("train", "quick", "--data", synthetic, "--out", tmp_path / "r", *TINY,
+                         "--set", "training.epochs=3000")  # fmt: skip
+    curve = tmp_path / "r" / "fold-0" / "model-0" / "metrics.csv"
+    while not curve.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while subprocess.run(["pgrep", "-f", f"training.run {tmp_path}"], capture_output=True).stdout:
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.2)
+
+
+def test_both_operators_environments_are_read() -> None:
+    v1 = {"MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "WORLD_SIZE": "2", "RANK": "1"}
+    assert Nodes.from_environment(v1) == Nodes(2, 1, "job-master-0", 23456)
+    v2 = {"PET_NNODES": "3", "PET_NODE_RANK": "2", "PET_MASTER_ADDR": "job-node-0-0.job", "PET_MASTER_PORT": "29400"}
+    assert Nodes.from_environment(v2) == Nodes(3, 2, "job-node-0-0.job", 29400)
+    assert Nodes.from_environment({}) == Nodes()
+    command = _torchrun(["RUN"], 2, Nodes(3, 2, "host", 29400))
+    assert "--nnodes=3" in command
+    assert "--node-rank=2" in command
+    assert "--nproc-per-node=2" in command, "never left to torchrun's own guess"
+
+
+def test_the_first_rank_that_failed_by_itself_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LESIONFLOW_STATUS", str(tmp_path))
+    for rank, code in (("0", 143), ("1", 3), ("2", 143)):
+        monkeypatch.setenv("RANK", rank)
+        report(code, f"rank {rank}")
+    assert collect(tmp_path, 1) == Outcome(3, "rank 1")
+    (tmp_path / "1.json").unlink()
+    assert collect(tmp_path, 1).code == 143
+    assert collect(tmp_path / "empty", 1) == Outcome(1)
+    assert "RANK" in os.environ

@@ -141,9 +141,13 @@ def examine(data: bytes, suffix: str) -> tuple[dict[str, str], Pixels | None]:
     except ImageError as wrong:
         code = "image_over_limits" if wrong.limit else "damaged_image"
         return faults | {code: f"{info.width}x{info.height}"}, None
-    if int(np.ptp(pixels.reshape(-1, 3), axis=0).max()) <= 2:
+    if _is_flat(pixels[::8, ::8]) and _is_flat(pixels):
         faults["blank_image"] = ""
     return faults, pixels
+
+
+def _is_flat(pixels: Pixels) -> bool:
+    return int(np.ptp(pixels.reshape(-1, 3), axis=0).max()) <= 2
 
 
 def _header_faults(info: ImageInfo, suffix: str) -> dict[str, str]:

@@ -151,13 +151,14 @@ class Patients:
 
 def _atoms(owner: Ints, columns: list[Ints]) -> tuple[Ints, NDArray[np.bool_], Ints]:
     """Atom of each lesion [n], the lesions that represent their atom [n], and each atom's multiplicity [A]."""
-    alone = np.bincount(owner)[owner] == 1
-    key = np.zeros(len(owner), np.int64)
-    for column in columns:
-        key = np.unique(key * (column.max() + 1) + column, return_inverse=True)[1]
-    _, first, merged, lone_count = np.unique(key[alone], return_index=True, return_inverse=True, return_counts=True)
-    _, patient = np.unique(owner[~alone], return_inverse=True)
-    several = int(patient.max(initial=-1)) + 1
+    lone_group = np.bincount(owner) == 1
+    alone = lone_group[owner]
+    key = columns[0][alone]
+    for column in columns[1:]:
+        key = np.unique(key * (column.max() + 1) + column[alone], return_inverse=True)[1]
+    _, first, merged, lone_count = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
+    patient = (np.cumsum(~lone_group) - 1)[owner[~alone]]
+    several = int((~lone_group).sum())
     atom = np.empty(len(owner), np.int64)
     atom[alone], atom[~alone] = merged + several, patient
     represents = ~alone

@@ -36,7 +36,7 @@ def build(model: Model, *, pretrained: bool = True) -> nn.Module:
     `pretrained=False` leaves the weights random, for a caller that loads its own.
     Raises `UsageError` for an unknown backbone or weights that can't be had.
     """
-    if model.backbone not in timm.list_models():
+    if not timm.is_model(model.backbone):
         near = ", ".join(timm.list_models(f"*{model.backbone[:8]}*")[:5]) or "see timm.list_models()"
         raise UsageError(f"recipe: model.backbone {model.backbone!r} is not a timm model; near: {near}")
     options: dict[str, Any] = {"num_classes": 1, "drop_rate": model.dropout}

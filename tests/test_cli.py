@@ -1,0 +1,71 @@
+"""The command line: every command explains itself with an example, errors are one line with their code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.main import get_command
+
+from lesionflow.cli import app
+
+
+def leaves(command, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], object]]:
+    children = getattr(command, "commands", None)
+    if not children:
+        return [(path, command)]
+    return [leaf for name, child in children.items() for leaf in leaves(child, (*path, name))]
+
+
+COMMANDS = leaves(get_command(app))
+
+
+@pytest.mark.parametrize(("path", "command"), COMMANDS, ids=[" ".join(p) for p, _ in COMMANDS])
+def test_every_command_has_help_with_an_example(path: tuple[str, ...], command) -> None:
+    if path == ("recipes",):
+        return
+    assert f"Example: lesionflow {' '.join(path)}" in command.help.replace("\n", " ").replace("  ", " ")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "lesionflow", *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("score", "missing.csv", "truth.csv"), 3, "missing.csv"),
+        (("run", "nosuch", "--data", "x", "--out", "y"), 2, "baseline"),
+        (("run", "quick", "--data", "x", "--out", "y"), 3, "x"),
+        (("verify", "nothing"), 3, "nothing"),
+        (("ask", "http://127.0.0.1:9", "."), 3, "."),
+        (("train", "quick"), 2, "--data"),
+        (("nonsense",), 2, "nonsense"),
+        (("data", "check", "nowhere"), 3, "nowhere"),
+        (("data", "prepare", "nowhere", "--out", "store"), 3, "nowhere"),
+        (("show", "nowhere"), 3, "nowhere"),
+    ],
+)
+def test_errors_are_short_and_carry_their_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = run("--debug", "verify", tmp_path / "nothing")
+    assert "Traceback" in done.stderr
+
+
+def test_version() -> None:
+    from lesionflow import __version__
+
+    assert run("--version").stdout.strip() == f"lesionflow {__version__}"
+    assert typer.__version__

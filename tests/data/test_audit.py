@@ -549,7 +549,7 @@ def test_findings_are_shown_with_counts_examples_and_remedies(data):
     assert "8" in text
     assert findings[0].remedy[:20] in text
     assert "1 errors, 0 warnings" in text
-    shown = json.loads(json.dumps(to_json(findings)))
+    shown = json.loads(to_json(findings))
     assert (shown["errors"], shown["findings"][0]["count"], len(shown["findings"][0]["examples"])) == (1, 8, 5)
 
 

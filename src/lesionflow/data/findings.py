@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,13 +48,14 @@ def _finding(
     return Finding(severity, code, where, len(listed), tuple(listed[:SHOWN]), message, remedy)
 
 
-def to_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """JSON-able: counts by severity, then every finding."""
-    return {
+def to_json(findings: Sequence[Finding]) -> str:
+    """Readable JSON: counts by severity, then every finding."""
+    value = {
         "errors": sum(f.severity == "error" for f in findings),
         "warnings": sum(f.severity == "warning" for f in findings),
-        "findings": [asdict(f) | {"examples": list(f.examples)} for f in findings],
+        "findings": [asdict(f) for f in findings],
     }
+    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def render(findings: Sequence[Finding]) -> RenderableType:

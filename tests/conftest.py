@@ -25,9 +25,8 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
     """A folder with a synthetic data set, `data/`, and the store made from it, `store/`."""
-    from lesionflow.data.synthetic import synthesize
-
     from lesionflow.data.store import prepare
+    from lesionflow.data.synthetic import synthesize
 
     folder = tmp_path_factory.mktemp("prepared")
     synthesize(folder / "data", patients=30, lesions=300, seed=1, prevalence=0.1, workers=1, progress=False)

@@ -9,16 +9,12 @@ is complete, so a refused or interrupted export leaves what was there before.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
 import re
 import shutil
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,14 +26,10 @@ from numpy.typing import NDArray
 from lesionflow import __version__
 from lesionflow.bundle import ANSWERS, CARD, FORMAT, GRAPH, INFO, MANIFEST, NOTICE, Bundle, check_info, write_manifest
 from lesionflow.data.images import PreprocessSpec, to_pixels
-from lesionflow.errors import GateRefused, UsageError, missing_extra
+from lesionflow.errors import GateRefused, UsageError
+from lesionflow.export.graph import OPSET, graph_bytes
 from lesionflow.keys import atomic, write_json, write_text
 from lesionflow.serving.predictor import Predictor
-
-OPSET = 18
-"""Highest opset that the inference servers still in use (ONNX Runtime 1.14 and later) run."""
-IR_VERSION = 8
-"""The file format of that opset's time."""
 
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(png|jpg|jpeg)")
 
@@ -74,7 +66,7 @@ def export_bundle(
         work.chmod(0o755)
         started = time.perf_counter()
         with atomic(work / GRAPH) as file:
-            file.write(_graph(members, spec, tta))
+            file.write(graph_bytes(members, spec, tta))
         seconds = time.perf_counter() - started
         content = _content(info, spec, len(members), tta)
         write_json(work / INFO, content)
@@ -99,70 +91,6 @@ def export_bundle(
         "bytes": size,
         "graph_seconds": round(seconds, 3),
     }
-
-
-class _Whole(torch.nn.Module):
-    """uint8 NHWC pixels to (fold_logits [B, K], logit [B]), all models in one graph."""
-
-    scale: torch.Tensor
-    shift: torch.Tensor
-
-    def __init__(self, models: Sequence[torch.nn.Module], spec: PreprocessSpec, tta: str) -> None:
-        super().__init__()
-        self.models = torch.nn.ModuleList(models)
-        self.flips = tta == "flips"
-        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) * 255 for v in (spec.mean, spec.std))
-        self.register_buffer("scale", (1 / std).float())
-        self.register_buffer("shift", (-mean / std).float())
-
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = image.permute(0, 3, 1, 2).to(torch.float32) * self.scale + self.shift
-        views = [x, x.flip(3), x.flip(2), x.flip(2, 3)] if self.flips else [x]
-        x = torch.cat(views) if self.flips else x
-        columns = [model(x).reshape(len(views), -1).mean(0) for model in self.models]
-        fold_logits = torch.stack(columns, dim=1)
-        return fold_logits, fold_logits.mean(1)
-
-
-def _graph(models: Sequence[torch.nn.Module], spec: PreprocessSpec, tta: str) -> bytes:
-    """The ONNX file. Raises `UsageError` if torch can't export the models."""
-    try:
-        import onnx
-        import onnxscript  # noqa: F401  # Named here, because torch's own error for it is a traceback.
-    except ImportError as error:
-        raise missing_extra(error.name or "onnx", "train") from None
-    example = torch.zeros(2, spec.size, spec.size, 3, dtype=torch.uint8)
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                _Whole(models, spec, tta).eval(),
-                (example,),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["image"],
-                output_names=["fold_logits", "logit"],
-                opset_version=OPSET,
-                verbose=False,
-            )
-            assert program is not None
-            proto = program.model_proto
-            _strip(proto.graph)
-            del proto.metadata_props[:]
-            proto.ir_version = IR_VERSION
-            onnx.checker.check_model(proto)
-            return bytes(proto.SerializeToString(deterministic=True))
-    except Exception as error:  # Whatever the exporter stumbles over, it is this model that it can't do.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"this model can't be exported to ONNX ({reason}): choose another backbone") from error
-
-
-def _strip(graph: Any) -> None:
-    """Drop what only debuggers read: source paths and stack traces of the machine that exported."""
-    del graph.metadata_props[:]
-    del graph.value_info[:]
-    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
-        del part.metadata_props[:]
-        part.doc_string = ""
 
 
 def _parity(
@@ -197,11 +125,13 @@ def _parity(
 def _torch_logits(
     models: Sequence[torch.nn.Module], images: NDArray[np.uint8], spec: PreprocessSpec, tta: str
 ) -> NDArray[np.float64]:
-    """float64 [N, K] by torch, written apart from `_Whole` so that its mistakes show."""
+    """float64 [N, K] by torch, written apart from `export.graph` so that its mistakes show."""
     rows = []
     for start in range(0, len(images), 16):
         unit = torch.from_numpy(images[start : start + 16].astype(np.float32) / 255.0)
-        x = ((unit - torch.tensor(spec.mean)) / torch.tensor(spec.std)).movedim(3, 1).contiguous()
+        x = ((unit - torch.tensor(spec.mean)) / torch.tensor(spec.std)).movedim(
+            3, 1
+        )  # In memory still channels last: faster.
         axes: list[list[int]] = [[], [3], [2], [2, 3]] if tta == "flips" else [[]]
         with torch.inference_mode():
             views = [[model(torch.flip(x, axis)).flatten() for model in models] for axis in axes]
@@ -294,20 +224,3 @@ def _replace(new: Path, out: Path) -> None:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter, which speaks to stdout, stderr, warnings and loggers alike."""
-    noisy = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch")]
-    levels = [logger.level for logger in noisy]
-    heard = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
-        warnings.simplefilter("ignore")
-        for logger in noisy:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(noisy, levels, strict=True):
-                logger.setLevel(level)

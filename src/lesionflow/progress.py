@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from lesionflow.training.status import Progress as Training
 
+from lesionflow.errors import DataError
+
 T = TypeVar("T")
 
 
@@ -103,10 +105,17 @@ def print_summary(run: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    if not (run / "metrics.json").exists():
+        raise DataError(f"{run}: no metrics.json; not a run, or not evaluated yet")
     metrics = json.loads((run / "metrics.json").read_text())
     table = Table(title=f"lesionflow: {run}", show_header=False, title_justify="left")
-    for name, value in summary_rows(metrics):
-        table.add_row(name, value)
+    counts, pauc = metrics["counts"], metrics["pauc"]
+    headline = pauc[metrics["headline"]]
+    table.add_row("lesions", f"{counts['lesions']:,}, {counts['malignant']:,} malignant, {counts['folds']} folds")
+    table.add_row("pAUC above 80 % TPR", with_interval(headline["value"], headline["interval"]) + " (0.02 is chance)")
+    table.add_row("mean of folds", f"{pauc['mean_of_folds']['value']:.4f}")
+    auc = metrics["auc"][metrics["headline"]]
+    table.add_row("AUC", with_interval(auc["value"], auc["interval"]))
     for name, what in (
         ("report.html", "report"),
         ("MODEL_CARD.md", "model card"),
@@ -121,6 +130,30 @@ def print_summary(run: Path) -> None:
     console = Console()
     console.print(table)
     console.print("Not a medical device.")
+
+
+def with_interval(value: float, interval: dict[str, Any] | None) -> str:
+    """A figure with its interval, or with the reason why it has none."""
+    if interval is None:
+        return f"{value:.4f}"
+    if interval["low"] is None:
+        return f"{value:.4f} (no interval: {interval['reason']})"
+    return f"{value:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"
+
+
+def print_score(result: dict[str, Any]) -> None:
+    """A submission's score."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    table.add_row(f"pAUC above {result['min_tpr']:.0%} TPR", with_interval(result["pauc"], result["interval"]))
+    table.add_row("chance, best", f"{result['chance']:g}, {result['maximum']:g}")
+    table.add_row("AUC", with_interval(result["auc"], result["auc_interval"]))
+    table.add_row("lesions", f"{result['count']:,}, {result['malignant']:,} malignant")
+    if note := (result["groups"] or {}).get("note"):
+        table.add_row("groups", note)
+    Console().print(table)
 
 
 def print_answers(answers: list[dict[str, Any]], top: int) -> None:

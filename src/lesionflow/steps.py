@@ -471,6 +471,7 @@ def _paired(run: Path, incumbent: Path) -> dict[str, Any]:
     import polars as pl
 
     from lesionflow.evaluation.intervals import paired_difference
+    from lesionflow.evaluation.metrics import fold_rank
 
     other = incumbent.parent / "oof.parquet"
     if not other.exists():
@@ -480,9 +481,12 @@ def _paired(run: Path, incumbent: Path) -> dict[str, Any]:
         raise DataError(f"{other}: shares no lesion with this run, so there is nothing to compare")
     if set(both["fold_hash"]) != set(both["fold_hash_b"]):
         raise DataError(f"{other}: another split than this run's; a paired comparison needs the same folds")
+    fold, options = both["fold"].to_numpy(), _recipe(run).evaluation
+    ours, theirs = (fold_rank(both[column].to_numpy(), fold) for column in ("logit", "logit_b"))
     return paired_difference(
-        both["target"].to_numpy(), both["logit"].to_numpy(), both["logit_b"].to_numpy(), both["patient_group"].to_list()
-    )
+        both["target"].to_numpy(), ours, theirs, both["patient_group"].to_list(),
+        replicates=options.replicates, seed=options.seed,
+    )  # fmt: skip
 
 
 def _reference_lesions() -> list[tuple[str, bytes]]:
@@ -544,7 +548,7 @@ def _is_server(pid: int, run: Path) -> bool:
 def _versions() -> dict[str, str]:
     from importlib import metadata
 
-    found = {"python": sys.version.split()[0]}
+    found = {"lesionflow": __version__, "python": sys.version.split()[0]}
     for package in ("torch", "timm", "lightning", "numpy", "polars", "pillow", "simplejpeg", "onnxruntime"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)

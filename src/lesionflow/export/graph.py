@@ -44,7 +44,10 @@ class _Whole(torch.nn.Module):
 
 
 def graph_bytes(models: Sequence[torch.nn.Module], spec: PreprocessSpec, tta: str) -> bytes:
-    """The ONNX file: `image` uint8 [B, S, S, 3] to `fold_logits` [B, K] and `logit` [B], B dynamic. Raises `UsageError` if torch can't export the models."""
+    """The ONNX file: `image` uint8 [B, S, S, 3] to `fold_logits` [B, K] and `logit` [B], with B dynamic.
+
+    Raises `UsageError` if torch can't export the models.
+    """
     try:
         import onnx
         import onnxscript  # noqa: F401  # Named here, because torch's own error for it is a traceback.

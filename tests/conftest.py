@@ -9,7 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lesionflow.recipe import Recipe
+
 SIZE = 32
+# A backbone small enough to train in a second; random weights, so nothing is fetched.
+TINY = [
+    "model.backbone=mobilenetv3_small_050",
+    "model.weights=none",
+    "image.size=32",
+    "folds.count=2",
+    "training.epochs=2",
+    "training.batch_size=16",
+    "training.validate_every=1",
+    "evaluation.replicates=200",
+    "gate.pauc_floor=0",
+]
 
 
 @pytest.fixture(scope="session")
@@ -23,15 +37,30 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory) -> Path:
-    """A folder with a synthetic data set, `data/`, and the store made from it, `store/`."""
-    from lesionflow.data.store import prepare
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 synthetic lesions of 20 patients, about 60 of them malignant."""
     from lesionflow.data.synthetic import synthesize
 
-    folder = tmp_path_factory.mktemp("prepared")
-    synthesize(folder / "data", patients=30, lesions=300, seed=1, prevalence=0.1, workers=1, progress=False)
-    prepare(folder / "data", folder / "store")
-    return folder
+    out = tmp_path_factory.mktemp("data") / "synthetic"
+    synthesize(out, patients=20, lesions=400, seed=3, prevalence=0.15, workers=1, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> Recipe:
+    return Recipe.load("quick", TINY)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, synthetic: Path, tiny_recipe: Recipe) -> Path:
+    """A run that was prepared and split, not yet trained; tests copy it before they change it."""
+    from lesionflow import steps
+
+    run = tmp_path_factory.mktemp("prepared") / "run"
+    planned = steps.begin(run, tiny_recipe, synthetic)
+    steps.prepare(run, synthetic, planned["prepare"])
+    steps.split(run, planned["split"])
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -71,11 +71,13 @@ class TrainingBars:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._tasks:
+            self._bars.stop()
 
     def tell(self, text: str) -> None:
         """One line: a step begins. Bars of the step before are left as they are."""
-        self._bars.stop()
+        if self._tasks:
+            self._bars.stop()
         if self._enabled:
             self._console.print(f"[bold]{text}[/bold]", highlight=False)
 

@@ -53,7 +53,7 @@ def test_a_recipe_that_only_the_workers_find_bad_is_2(synthetic: Path, tmp_path:
             *TINY,
             "--set",
             "model.weights=missing.pt",
-        )  # fmt: skip
+        )
     )
     assert code == 2, errors
     assert "missing.pt" in errors

@@ -34,9 +34,7 @@ component = dsl.component(base_image=IMAGE, install_kfp_package=False)
 
 
 @component
-def begin(
-    run: str, data: str, recipe: str
-) -> NamedTuple(  # type: ignore[valid-type]
+def begin(run: str, data: str, recipe: str) -> NamedTuple(  # type: ignore[valid-type]
     "Keys", prepare=str, split=str, train=str, stack=str, evaluate=str, gate=str, export=str
 ):
     from lesionflow.cluster.shim import begin

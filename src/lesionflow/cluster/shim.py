@@ -12,7 +12,7 @@ from lesionflow.errors import LesionflowError
 from lesionflow.recipe import Recipe
 from lesionflow.training.status import report
 
-Keys = namedtuple("Keys", ["prepare", "split", "train", "stack", "evaluate", "gate", "export"])  # noqa: PYI024
+Keys = namedtuple("Keys", ["prepare", "split", "train", "stack", "evaluate", "gate", "export"])
 
 
 def begin(run: str, data: str, recipe: str) -> Any:

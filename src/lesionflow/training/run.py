@@ -138,7 +138,8 @@ def _train_model(
     if _rank() == 0:
         tensors = {k: v.detach().cpu().contiguous() for k, v in module.final.state_dict().items()}
         out.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, out / "weights.tmp", metadata={"identity": identity, "backbone": recipe.model.backbone})
+        # One entry only: with more, their order and so the file's hash would be random.
+        save_file(tensors, out / "weights.tmp", metadata={"identity": identity})
         (out / "weights.tmp").replace(weights)
         (out / "last.ckpt").unlink(missing_ok=True)
     _barrier()

@@ -81,7 +81,8 @@ def main() -> None:
     command = [sys.executable, __file__, "--data", options.data, "--out", options.out, "--seeds", options.seeds]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     children = [subprocess.Popen([*map(str, command), "--only", recipe], env=environment) for recipe in RECIPES]
-    if any([child.wait() for child in children]):
+    codes = [child.wait() for child in children]
+    if any(codes):
         sys.exit("training failed")
     table(options.out, options.seeds)
 

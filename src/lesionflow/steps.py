@@ -220,6 +220,7 @@ def evaluate(run: Path, key: str) -> dict[str, Any]:
     """`oof.parquet` -> `metrics.json` and the folds' curves in one `metrics.csv`."""
     import polars as pl
 
+    from lesionflow.data.folds import Folds
     from lesionflow.evaluation.evaluate import evaluate_oof
 
     options = _recipe(run).evaluation
@@ -229,7 +230,9 @@ def evaluate(run: Path, key: str) -> dict[str, Any]:
             metrics = evaluate_oof(
                 oof, replicates=options.replicates, seed=options.seed, sensitivity=options.sensitivity
             )
-            curves = [pl.read_csv(p, infer_schema_length=None) for p in sorted(run.glob("fold-*/model-*/metrics.csv"))]
+            count, members = Folds.load(run / "folds.parquet").count, _recipe(run).model.per_fold
+            paths = [run / f"fold-{k}/model-{m}/metrics.csv" for k in range(count) for m in range(members)]
+            curves = [pl.read_csv(path, infer_schema_length=None) for path in paths if path.exists()]
             if curves:
                 # A resumed run wrote some steps twice; the later row is the one that counts.
                 merged = pl.concat(curves, how="diagonal_relaxed").unique(
@@ -269,7 +272,7 @@ def export(run: Path, key: str) -> Path:
     from lesionflow.data.datamodule import pixels
     from lesionflow.export.onnx import export_bundle
     from lesionflow.models.image import Members, preprocess_spec
-    from lesionflow.training.run import fold_weights, load_network
+    from lesionflow.training.scoring import fold_weights, load_network
 
     recipe, (store, folds), out = _recipe(run), _open(run), run / "bundle"
     with _step(run, "export", key, lambda: ["bundle"]) as needed:

@@ -46,7 +46,7 @@ def build(model: Model, *, pretrained: bool = True) -> nn.Module:
     if weights == "auto" and model.backbone not in _OFFLINE:
         network = _from_hub(model.backbone, options)
     else:
-        network = timm.create_model(model.backbone, **options)
+        network = _create(model.backbone, options)
     if weights == "auto" and model.backbone in _OFFLINE:
         _load(network, _offline_weights(model.backbone), in_order=True)
     elif weights not in ("auto", "none"):
@@ -101,9 +101,18 @@ def preprocess_spec(recipe: Recipe) -> PreprocessSpec:
     return PreprocessSpec(recipe.image.size, recipe.image.filter, tuple(mean), tuple(std))  # type: ignore[arg-type]
 
 
+def _create(backbone: str, options: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
+    try:
+        return timm.create_model(backbone, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise UsageError(f"recipe: model: {backbone} doesn't take one of {', '.join(options)} ({error})") from None
+
+
 def _from_hub(backbone: str, options: dict[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(backbone, pretrained=True, **options)
+        return _create(backbone, options, pretrained=True)
+    except UsageError:
+        raise
     except Exception as error:  # The hub's client raises many kinds, all of which mean the same to a user.
         raise UsageError(
             f"recipe: model.weights: can't fetch ImageNet weights of {backbone} ({type(error).__name__}: "

@@ -6,10 +6,11 @@ resume paths are not used, because they repeat or lose samples mid-epoch and han
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,6 +31,36 @@ CURVE_COLUMNS = ("fold", "model", "epoch", "step", "lesions", "loss", "lr", "ima
 Validate = Callable[[LesionModule], dict[str, float]]
 
 
+class Stop:
+    """Whether this process was asked to stop (SIGTERM, or Ctrl-C once; the second one ends it at once)."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def listen(self) -> None:
+        """Take the signals. Lightning puts handlers of its own in place, so this is called again after it."""
+        with contextlib.suppress(ValueError):  # Not the main thread: whoever is there decides.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._ask)
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @classmethod
+    @contextlib.contextmanager
+    def listening(cls) -> Iterator[Stop]:
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        stop = cls()
+        stop.listen()
+        try:
+            yield stop
+        finally:
+            with contextlib.suppress(ValueError):
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+
 class Conductor(L.Callback):
     """Runs after every step on every rank; writes on rank 0 only."""
 
@@ -43,13 +74,13 @@ class Conductor(L.Callback):
         identity: str,
         state: dict[str, Any] | None,
         validate: Validate,
+        stop: Stop,
         show: Callable[[Progress], None] | None = None,
     ) -> None:
         self.out, self.events, self.fold, self.model = out, events, fold, model
-        self.identity, self.validate, self.show = identity, validate, show
+        self.identity, self.validate, self.stop, self.show = identity, validate, stop, show
         self.preempted = False
         self._state = state
-        self._stop_asked = False
         self._losses: list[torch.Tensor] = []
         self._shown = 0.0
 
@@ -58,8 +89,8 @@ class Conductor(L.Callback):
         if self._state is not None:
             trainer.optimizers[0].load_state_dict(self._state["optimizer"])
             self._state = None
-        # After Lightning's own handler, which broadcasts from inside the signal and so deadlocks.
-        signal.signal(signal.SIGTERM, self._ask_to_stop)
+        # In place of Lightning's own handler, which broadcasts from inside the signal and so deadlocks.
+        self.stop.listen()
         if trainer.is_global_zero:
             self.out.mkdir(parents=True, exist_ok=True)
             self._writer = SummaryWriter(str(self.events), purge_step=module.step)
@@ -94,14 +125,11 @@ class Conductor(L.Callback):
         if trainer.is_global_zero:
             self._writer.close()
 
-    def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
-        self._stop_asked = True
-
     def _agree(self, trainer: L.Trainer, module: LesionModule) -> tuple[float, bool]:
         """Mean loss since the last look, and whether any rank was asked to stop; the same on all ranks."""
         loss = torch.stack(self._losses).mean()
         self._losses.clear()
-        shared = torch.stack([loss, loss.new_tensor(float(self._stop_asked))])
+        shared = torch.stack([loss, loss.new_tensor(float(self.stop.asked))])
         if trainer.world_size > 1:
             dist.all_reduce(shared)
         total, asked = shared.tolist()

@@ -83,21 +83,22 @@ def train(
             [_torchrun(worker, processes, nodes)], run, folds, at_once=1, threads=_cores() // processes, show=show
         )
         return
-    jobs = jobs or default_jobs(len(folds))
-    if len(folds) == 1 or jobs == 1:
+    gpus = _gpus()
+    # One fold per GPU where there are any, else one per core.
+    jobs = min(jobs or gpus or _cores(), gpus or len(folds), len(folds))
+    if jobs == 1:
         from lesionflow.training.run import train_folds
 
         train_folds(run, folds, show=show)
         return
     commands = [[sys.executable, "-m", "lesionflow.training.run", str(run), "--folds", str(fold)] for fold in folds]
-    run_children(commands, run, folds, at_once=jobs, threads=max(1, _cores() // jobs), show=show)
+    run_children(commands, run, folds, at_once=jobs, threads=max(1, _cores() // jobs), gpu_each=gpus > 0, show=show)
 
 
-def default_jobs(folds: int) -> int:
-    """Folds side by side: one per GPU where there are any, else one per core."""
+def _gpus() -> int:
     import torch
 
-    return max(1, min(folds, torch.cuda.device_count() or _cores()))
+    return torch.cuda.device_count()
 
 
 def _cores() -> int:
@@ -126,40 +127,48 @@ def run_children(
     *,
     at_once: int,
     threads: int,
+    gpu_each: bool = False,
     show: Callable[[status.Progress], None] | None = None,
 ) -> None:
     """Run commands, a few at a time; stop all when one fails, and raise what it ended with.
 
-    Output goes to `log-<n>.txt` in the run. SIGTERM and Ctrl-C are passed on as SIGTERM, so that
-    the children save first.
+    `gpu_each` shows every child one GPU of its own, `at_once` being their number. Output goes to
+    `log-<fold>.txt` in the run. SIGTERM and Ctrl-C are passed on as SIGTERM, so that the children save first.
     """
     with tempfile.TemporaryDirectory(prefix="lesionflow-") as scratch, _stop_flag() as stop_asked:
         waiting = list(enumerate(commands))
-        running: dict[int, subprocess.Popen[bytes]] = {}
+        running: dict[int, tuple[subprocess.Popen[bytes], int]] = {}
+        free = list(range(at_once))
         outcomes: dict[int, status.Outcome] = {}
         while waiting or running:
             stopping = stop_asked() or any(o.code for o in outcomes.values())
-            while waiting and len(running) < at_once and not stopping:
-                number, command = waiting.pop(0)
-                running[number] = _start(
-                    command, run / f"log-{folds[number]}.txt", Path(scratch) / str(number), threads
-                )
+            while waiting and free and not stopping:
+                (number, command), slot = waiting.pop(0), free.pop(0)
+                log, status_dir = run / f"log-{folds[number]}.txt", Path(scratch) / str(number)
+                running[number] = _start(command, log, status_dir, threads, slot if gpu_each else None), slot
             if stopping:
                 waiting.clear()
-                _terminate(list(running.values()))
-            for number, child in list(running.items()):
+                _terminate([child for child, _ in running.values()])
+            for number, (child, slot) in list(running.items()):
                 if (code := child.poll()) is not None:
                     outcomes[number] = status.collect(Path(scratch) / str(number), code)
                     del running[number]
+                    free.append(slot)
             _show(run, folds, show)
             time.sleep(_POLL_SECONDS)
         _raise_outcome(outcomes, run, folds, interrupted=stop_asked())
 
 
-def _start(command: Sequence[str], log: Path, status_dir: Path, threads: int) -> subprocess.Popen[bytes]:
+def _start(
+    command: Sequence[str], log: Path, status_dir: Path, threads: int, gpu: int | None
+) -> subprocess.Popen[bytes]:
     status_dir.mkdir()
     environment = {k: v for k, v in os.environ.items() if k not in _OPERATOR and not k.startswith("PET_")}
     environment |= {status.VARIABLE: str(status_dir), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    if gpu is not None:
+        # Only some of the machine's GPUs may be ours: the children share what this process sees.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     with log.open("ab") as output:
         return subprocess.Popen(
             list(command),

@@ -18,31 +18,29 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
 import polars as pl
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lesionflow.data.augment import normalise
-from lesionflow.data.datamodule import LesionData, batches
+from lesionflow.data.datamodule import LesionData
 from lesionflow.data.folds import Folds
-from lesionflow.data.images import PreprocessSpec
 from lesionflow.data.sampler import Sampler
 from lesionflow.data.store import Store
-from lesionflow.errors import DataError, LesionflowError, Preempted, UsageError
+from lesionflow.errors import LesionflowError, Preempted, UsageError
 from lesionflow.evaluation.metrics import auc, pauc
-from lesionflow.keys import atomic
-from lesionflow.models.image import LesionModule, build, preprocess_spec
+from lesionflow.keys import atomic, digest
+from lesionflow.models.image import LesionModule, preprocess_spec
 from lesionflow.recipe import Recipe
 from lesionflow.training import resume
-from lesionflow.training.conduct import Conductor
+from lesionflow.training.conduct import Conductor, Stop
+from lesionflow.training.scoring import barrier, device, load_network, rank, score
 from lesionflow.training.status import Progress, report
 
 Show = Callable[[Progress], None]
@@ -59,61 +57,85 @@ def train_folds(run: Path, wanted: Sequence[int], *, show: Show | None = None) -
         Folds.load(run / "folds.parquet"),
     )
     folds.check(store.hash)
-    for fold in wanted:
-        if not 0 <= fold < folds.count:
-            raise UsageError(f"--fold {fold}: the run has folds 0 to {folds.count - 1}")
-        with _locked(run / f"fold-{fold}"):
-            _train_fold(run, recipe, store, folds, fold, show)
+    if wrong := [fold for fold in wanted if not 0 <= fold < folds.count]:
+        raise UsageError(f"--fold {wrong[0]}: the run has folds 0 to {folds.count - 1}")
+    with Stop.listening() as stop:
+        for fold in wanted:
+            with _locked(run / f"fold-{fold}"):
+                _train_fold(_Fold(run, recipe, store, folds, fold, stop, show))
 
 
-def _train_fold(run: Path, recipe: Recipe, store: Store, folds: Folds, fold: int, show: Show | None) -> None:
+@dataclass(frozen=True)
+class _Fold:
+    """One fold to train and score, and all that this needs."""
+
+    run: Path
+    recipe: Recipe
+    store: Store
+    folds: Folds
+    number: int
+    stop: Stop
+    show: Show | None
+
+    @property
+    def out(self) -> Path:
+        return self.run / f"fold-{self.number}"
+
+    @property
+    def held_out(self) -> NDArray[np.int64]:
+        return self.folds.held_out_rows(self.number)
+
+    def seed(self, model: int) -> int:
+        return self.recipe.seed * 10_000 + self.number * 100 + model
+
+    def identity(self, model: int) -> str:
+        store, folds = self.store, self.folds
+        return resume.identity(self.recipe.to_dict(), store.hash, folds.hash, self.number, self.seed(model))
+
+
+def _train_fold(fold: _Fold) -> None:
     """All models of one fold, then the mean of their logits on its held-out lesions."""
-    out = run / f"fold-{fold}"
-    rows, held_out = folds.train_rows(fold), folds.held_out_rows(fold)
-    logits = np.zeros(len(held_out))
-    for number in range(recipe.model.per_fold):
-        seed = recipe.seed * 10_000 + fold * 100 + number
-        name = resume.identity(recipe.to_dict(), store.hash, folds.hash, fold, seed)
-        weights = _train_model(run, recipe, store, rows, held_out, fold, number, seed, name, show)
-        network = load_network(weights, recipe).to(_device())
-        logits += score(network, store, held_out, preprocess_spec(recipe), recipe.training.tta)
-    if _rank() == 0:
+    members = range(fold.recipe.model.per_fold)
+    identity = digest([fold.identity(model) for model in members])
+    if _scored(fold.out / "oof.parquet") == identity:
+        return
+    spec, tta = preprocess_spec(fold.recipe), fold.recipe.training.tta
+    logits = np.zeros(len(fold.held_out))
+    for model in members:
+        weights = _train_model(fold, model)
+        if fold.stop.asked:
+            raise Preempted(f"fold {fold.number}: stopped after model {model} was saved; run again to go on")
+        network = load_network(weights, fold.recipe).to(device())
+        logits += score(network, fold.store, fold.held_out, spec, tta)
+    if rank() == 0:
         table = pl.DataFrame(
             {
-                "isic_id": [store.ids[r] for r in held_out],
-                "patient_group": [store.groups[r] for r in held_out],
-                "target": store.targets[held_out],
-                "fold": np.full(len(held_out), fold, np.int8),
-                "logit": logits / recipe.model.per_fold,
-                "fold_hash": folds.hash,
+                "isic_id": [fold.store.ids[r] for r in fold.held_out],
+                "patient_group": [fold.store.groups[r] for r in fold.held_out],
+                "target": fold.store.targets[fold.held_out],
+                "fold": np.full(len(fold.held_out), fold.number, np.int8),
+                "logit": logits / len(members),
+                "fold_hash": fold.folds.hash,
             }
         )
-        with atomic(out / "oof.parquet") as file:
-            table.write_parquet(file)
+        with atomic(fold.out / "oof.parquet") as file:
+            table.write_parquet(file, metadata={"identity": identity})
+    barrier()
 
 
-def _train_model(
-    run: Path,
-    recipe: Recipe,
-    store: Store,
-    rows: NDArray[np.int64],
-    held_out: NDArray[np.int64],
-    fold: int,
-    number: int,
-    seed: int,
-    identity: str,
-    show: Show | None,
-) -> Path:
+def _train_model(fold: _Fold, model: int) -> Path:
     """Train one network to the end of its schedule; returns its weights' path, at once if they are there."""
-    out = run / f"fold-{fold}" / f"model-{number}"
+    recipe, store, identity, seed = fold.recipe, fold.store, fold.identity(model), fold.seed(model)
+    out = fold.out / f"model-{model}"
     weights = out / "weights.safetensors"
     if weights.exists() and _weights_identity(weights) == identity:
         return weights
     state = resume.load(out / "last.ckpt", identity)
-    _barrier()  # Every rank has looked before rank 0 removes or writes anything.
-    if state is None and _rank() == 0:
+    barrier()  # Every rank has looked before rank 0 removes or writes anything.
+    if state is None and rank() == 0:
         shutil.rmtree(out, ignore_errors=True)
     spec, options = preprocess_spec(recipe), recipe.training
+    rows = fold.folds.train_rows(fold.number)
     sampler = Sampler(
         rows, store.targets[rows], recipe.sampling, epochs=options.epochs, batch_size=options.batch_size, seed=seed
     )
@@ -122,27 +144,35 @@ def _train_model(
         resume.restore(module, state)
 
     def validate(module: LesionModule) -> dict[str, float]:
-        logits = score(module.final, store, held_out, spec, options.tta)
+        logits, targets = score(module.final, store, fold.held_out, spec, options.tta), store.targets[fold.held_out]
         module.train()
-        return {"pauc": pauc(store.targets[held_out], logits), "auc": auc(store.targets[held_out], logits)}
+        return {"pauc": pauc(targets, logits), "auc": auc(targets, logits)}
 
-    events = run / "events" / f"fold-{fold}-model-{number}"
     conductor = Conductor(
-        out, events, fold=fold, model=number, identity=identity, state=state, validate=validate, show=show
+        out,
+        fold.run / "events" / f"fold-{fold.number}-model-{model}",
+        fold=fold.number,
+        model=model,
+        identity=identity,
+        state=state,
+        validate=validate,
+        stop=fold.stop,
+        show=fold.show,
     )
     if module.step < sampler.steps:
         data = LesionData(store, spec, sampler, start=module.step, workers=_workers())
         _trainer(recipe, conductor).fit(module, data)
     if conductor.preempted:
-        raise Preempted(f"fold {fold}: stopped at step {module.step} of {sampler.steps}, saved; run again to go on")
-    if _rank() == 0:
+        where = f"step {module.step} of {sampler.steps}"
+        raise Preempted(f"fold {fold.number}: stopped at {where}, saved; run again to go on")
+    if rank() == 0:
         tensors = {k: v.detach().cpu().contiguous() for k, v in module.final.state_dict().items()}
         out.mkdir(parents=True, exist_ok=True)
         # One entry only: with more, their order and so the file's hash would be random.
         save_file(tensors, out / "weights.tmp", metadata={"identity": identity})
         (out / "weights.tmp").replace(weights)
         (out / "last.ckpt").unlink(missing_ok=True)
-    _barrier()
+    barrier()
     return weights
 
 
@@ -173,69 +203,16 @@ def _trainer(recipe: Recipe, conductor: Conductor) -> L.Trainer:
         )
 
 
-def load_network(weights: Path, recipe: Recipe) -> torch.nn.Module:
-    """The trained network in evaluation mode, on the CPU."""
-    from safetensors.torch import load_file
-
-    network = build(recipe.model, pretrained=False)
-    network.load_state_dict(load_file(weights))
-    return network.eval()
-
-
-def fold_weights(run: Path, recipe: Recipe, count: int) -> list[list[Path]]:
-    """Paths of the final weights, by fold and model; raises `DataError` naming what is missing."""
-    paths = [
-        [run / f"fold-{fold}" / f"model-{number}" / "weights.safetensors" for number in range(recipe.model.per_fold)]
-        for fold in range(count)
-    ]
-    if missing := [p for fold in paths for p in fold if not p.exists()]:
-        raise DataError(f"{missing[0]}: no such weights; train this fold first (`lesionflow train`)")
-    return paths
-
-
-@torch.inference_mode()
-def score(
-    network: torch.nn.Module, store: Store, rows: NDArray[np.int64], spec: PreprocessSpec, tta: str
-) -> NDArray[np.float64]:
-    """Logits of store rows, float64 [len(rows)], in order; the ranks share the work and all get the result."""
-    network.eval()
-    device = next(network.parameters()).device
-    world = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_initialized() else 1
-    mine = rows[_rank() :: world] if world > 1 else rows
-    parts = []
-    for images in batches(store, mine, spec, 64):
-        x = normalise(images.to(device), spec).contiguous(memory_format=torch.channels_last)
-        views = [x, x.flip(3), x.flip(2), x.flip((2, 3))] if tta == "flips" else [x]
-        parts.append(torch.stack([network(v)[:, 0].float() for v in views]).mean(0).cpu())
-    own = torch.cat(parts).double().numpy() if parts else np.zeros(0)
-    if world == 1:
-        return own
-    gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, own)
-    logits = np.empty(len(rows))
-    for rank, part in enumerate(gathered):
-        logits[rank::world] = part
-    return logits
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
 def _workers() -> int:
     """Loader processes: decoding is 1 % of a step on a CPU, and what starves a GPU without them."""
     return min(8, max(1, (os.cpu_count() or 1) - 1)) if torch.cuda.is_available() else 0
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _scored(path: Path) -> str | None:
+    try:
+        return pl.read_parquet_metadata(path).get("identity")
+    except (OSError, pl.exceptions.PolarsError):
+        return None
 
 
 def _weights_identity(path: Path) -> str | None:
@@ -250,7 +227,7 @@ def _weights_identity(path: Path) -> str | None:
 def _locked(folder: Path) -> Iterator[None]:
     """Only one training writes into a fold at a time; the kernel frees the lock of a killed one."""
     folder.mkdir(parents=True, exist_ok=True)
-    if _rank() != 0:
+    if rank() != 0:
         yield
         return
     with (folder / ".lock").open("w") as file:

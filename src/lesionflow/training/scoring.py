@@ -1,0 +1,81 @@
+"""Scoring stored lesions with a trained network; the ranks share the work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from lesionflow.data.augment import normalise
+from lesionflow.data.datamodule import batches
+from lesionflow.data.images import PreprocessSpec
+from lesionflow.data.store import Store
+from lesionflow.errors import DataError
+from lesionflow.models.image import build
+from lesionflow.recipe import Recipe
+
+
+def rank() -> int:
+    """This process's place among all of the training's, 0 if it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load_network(weights: Path, recipe: Recipe) -> torch.nn.Module:
+    """The trained network in evaluation mode, on the CPU."""
+    network = build(recipe.model, pretrained=False)
+    network.load_state_dict(load_file(weights))
+    return network.eval()
+
+
+def fold_weights(run: Path, recipe: Recipe, count: int) -> list[list[Path]]:
+    """Paths of the final weights, by fold and model; raises `DataError` naming what is missing."""
+    paths = [
+        [run / f"fold-{fold}" / f"model-{number}" / "weights.safetensors" for number in range(recipe.model.per_fold)]
+        for fold in range(count)
+    ]
+    if missing := [p for fold in paths for p in fold if not p.exists()]:
+        raise DataError(f"{missing[0]}: no such weights; train this fold first (`lesionflow train`)")
+    return paths
+
+
+@torch.inference_mode()
+def score(
+    network: torch.nn.Module, store: Store, rows: NDArray[np.int64], spec: PreprocessSpec, tta: str
+) -> NDArray[np.float64]:
+    """Logits of store rows, float64 [len(rows)], in order; the ranks share the work and all get the result."""
+    network.eval()
+    where = next(network.parameters()).device
+    world = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_initialized() else 1
+    mine = rows[rank() :: world] if world > 1 else rows
+    parts = []
+    for images in batches(store, mine, spec, 64):
+        x = normalise(images.to(where), spec).contiguous(memory_format=torch.channels_last)
+        views = [x, x.flip(3), x.flip(2), x.flip((2, 3))] if tta == "flips" else [x]
+        parts.append(torch.stack([network(v)[:, 0].float() for v in views]).mean(0).cpu())
+    own = torch.cat(parts).double().numpy() if parts else np.zeros(0)
+    if world == 1:
+        return own
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, own)
+    logits = np.empty(len(rows))
+    for owner, part in enumerate(gathered):
+        logits[owner::world] = part
+    return logits
+
+
+def device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")

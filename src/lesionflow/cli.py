@@ -370,15 +370,15 @@ def data_check(
 
     Example: lesionflow data check data
     """
-    from lesionflow.data import audit
+    from lesionflow.data.audit import audit, render, to_json
 
-    findings = audit.audit(directory, images=images, folds=folds, progress=not quiet)
+    findings = audit(directory, images=images, folds=folds, progress=not quiet)
     if as_json:
-        typer.echo(audit.to_json(findings))
+        typer.echo(to_json(findings))
     else:
         from rich.console import Console
 
-        Console().print(audit.render(findings))
+        Console().print(render(findings))
     if errors := sum(f.severity == "error" for f in findings):
         raise DataError(f"{directory}: {errors} kinds of error; each is listed with its remedy")
 

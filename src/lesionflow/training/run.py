@@ -59,6 +59,7 @@ def train_folds(run: Path, wanted: Sequence[int], *, show: Show | None = None) -
     folds.check(store.hash)
     if wrong := [fold for fold in wanted if not 0 <= fold < folds.count]:
         raise UsageError(f"--fold {wrong[0]}: the run has folds 0 to {folds.count - 1}")
+    _hush_lightning()
     with Stop.listening() as stop:
         for fold in wanted:
             with _locked(run / f"fold-{fold}"):
@@ -182,25 +183,30 @@ def _trainer(recipe: Recipe, conductor: Conductor) -> L.Trainer:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     precision = recipe.training.precision
     bf16 = precision == "bf16" or (precision == "auto" and cuda)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return L.Trainer(
-            accelerator="cuda" if cuda else "cpu",
-            devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
-            strategy="ddp" if world > 1 else "auto",
-            precision="bf16-mixed" if bf16 else "32-true",
-            gradient_clip_val=recipe.optimizer.clip or None,
-            max_epochs=1,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            logger=False,
-            callbacks=[conductor],
-        )
+    return L.Trainer(
+        accelerator="cuda" if cuda else "cpu",
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+        strategy="ddp" if world > 1 else "auto",
+        precision="bf16-mixed" if bf16 else "32-true",
+        gradient_clip_val=recipe.optimizer.clip or None,
+        max_epochs=1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        callbacks=[conductor],
+    )
+
+
+def _hush_lightning() -> None:
+    """Its advice is about the checkpoints, loops and devices that we don't leave to it."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
 
 
 def _workers() -> int:
@@ -244,8 +250,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--folds", required=True, type=lambda text: [int(k) for k in text.split(",")])
     options = parser.parse_args(argv)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
     try:
         train_folds(options.run, options.folds)
     except LesionflowError as error:

@@ -228,21 +228,22 @@ def _show(run: Path, folds: Sequence[int], show: Callable[[status.Progress], Non
 def _raise_outcome(
     outcomes: Mapping[int, status.Outcome], run: Path, folds: Sequence[int], *, interrupted: bool
 ) -> None:
-    bad = {n: o for n, o in outcomes.items() if o.code}
-    # Children that were stopped because another failed say 143: they aren't the cause.
-    for number, outcome in sorted(bad.items(), key=lambda item: item[1].code == Preempted.exit_code):
-        log = run / f"log-{folds[number]}.txt"
-        kinds: tuple[type[LesionflowError], ...] = (UsageError, DataError, GateRefused, ClusterError, Preempted)
+    kinds: tuple[type[LesionflowError], ...] = (UsageError, DataError, GateRefused, ClusterError)
+    for outcome in outcomes.values():
         for kind in kinds:
             if outcome.code == kind.exit_code and outcome.message:
                 raise kind(outcome.message)
-        if interrupted:
-            break
-        raise LesionflowError(
-            f"training failed with exit code {outcome.code}: {outcome.message or _tail(log)}; see {log}"
-        )
+    saved = [o.message for o in outcomes.values() if o.code == Preempted.exit_code]
     if interrupted:
-        raise Preempted("stopped before training began or ended; run again to go on")
+        raise Preempted(saved[0] if saved else "stopped before training began; run again to go on")
+    # Children that were stopped because another failed say 143: they aren't the cause.
+    for number, outcome in outcomes.items():
+        if outcome.code not in (0, Preempted.exit_code):
+            log = run / f"log-{folds[number]}.txt"
+            what = outcome.message or _tail(log)
+            raise LesionflowError(f"training failed with exit code {outcome.code}: {what}; see {log}")
+    if saved:
+        raise Preempted(saved[0])
 
 
 def _tail(log: Path, lines: int = 5) -> str:

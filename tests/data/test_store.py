@@ -78,7 +78,7 @@ def test_a_missing_image_is_named_or_left_out(synthetic: Path, tmp_path: Path) -
     ("change", "words"),
     [
         (lambda t: t.drop("target"), ("target", "missing")),
-        (lambda t: pl.concat([t, t.head(1)]), ("stand twice", "ISIC_")),
+        (lambda t: pl.concat([t, t.head(1)]), ("more than once", "ISIC_")),
         (lambda t: t.with_columns(target=pl.when(pl.col("isic_id") == t["isic_id"][4]).then(None).otherwise("target")),
          ("without a target", "ISIC_")),
         (lambda t: t.head(0), ("rows",)),

@@ -6,8 +6,6 @@ Every component calls one step with plain values and its content key. The key is
 KFP caches on parameters, so the pipeline skips exactly what `lesionflow run` would skip.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile

@@ -129,7 +129,7 @@ def prepare(
         metadata, skipped = _rows(source, part, skip_corrupt)
         arrow = metadata.to_arrow(compat_level=pl.CompatLevel.oldest())
         columns = pa.schema([*arrow.schema, pa.field("image", pa.large_binary())])
-        content = hashlib.sha256(json.dumps(metadata.columns).encode())
+        content = _Content(metadata.columns)
         ids = metadata["isic_id"].to_list()
         keep = np.zeros(len(ids), bool)
         out.mkdir(parents=True, exist_ok=True)
@@ -170,6 +170,22 @@ def prepare(
     return Store.open(out)
 
 
+class _Content:
+    """The store's hash: over cells and image bytes, not Arrow's encoding of them or how they are cut into batches."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._cells, self._images = hashlib.sha256(json.dumps(list(columns)).encode()), hashlib.sha256()
+
+    def add(self, cells: pl.DataFrame, images: Sequence[bytes]) -> None:
+        self._cells.update(cells.write_csv(include_header=False).encode())
+        for image in images:
+            self._images.update(len(image).to_bytes(8, "little"))
+            self._images.update(image)
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(self._cells.digest() + self._images.digest()).hexdigest()
+
+
 def _rows(source: Source, part: str, skip_corrupt: bool) -> tuple[pl.DataFrame, list[str]]:
     """Metadata rows that have an image, in order, and the ids of those that have none."""
     if source.metadata is None:
@@ -183,10 +199,6 @@ def _rows(source: Source, part: str, skip_corrupt: bool) -> tuple[pl.DataFrame, 
     metadata = source.metadata.select(known)
     if metadata.is_empty():
         raise DataError(f"{part}-metadata.csv: no rows")
-    if repeated := metadata.filter(pl.col("isic_id").is_duplicated())["isic_id"].unique().sort().to_list():
-        raise DataError(
-            f"{part}-metadata.csv: {len(repeated)} ids stand twice, first {repeated[:3]}; keep one row each"
-        )
     if part == "train" and (unlabelled := metadata.filter(pl.col("target").is_null())["isic_id"].to_list()):
         raise DataError(f"train-metadata.csv: {len(unlabelled)} rows without a target, first {unlabelled[:3]}")
     have = set(source.image_ids())
@@ -209,13 +221,9 @@ def _problem(data: bytes, *, thorough: bool) -> str | None:
 
 
 def _write(
-    writer: pa.RecordBatchWriter, columns: pa.Schema, rows: pa.Table, images: Sequence[bytes], content: Any
+    writer: pa.RecordBatchWriter, columns: pa.Schema, rows: pa.Table, images: Sequence[bytes], content: _Content
 ) -> None:
     rows = rows.append_column("image", pa.array(images, pa.large_binary())).cast(columns).combine_chunks()
     for batch in rows.to_batches():
         writer.write_batch(batch)
-    # The hash covers cells and image bytes, not Arrow's encoding of them, so it holds across versions.
-    content.update(pl.DataFrame(rows.drop_columns("image")).write_csv(include_header=False).encode())
-    for image in images:
-        content.update(len(image).to_bytes(8, "little"))
-        content.update(image)
+    content.add(pl.DataFrame(rows.drop_columns("image")), images)

@@ -33,7 +33,7 @@ def roc(fpr: Floats, tpr: Floats, min_tpr: float, name: str) -> str:
         f'<path class="chance" d="{_line([(0, 0), (1, 1)], x, y)}"/>',
         f'<path class="guide" d="{_line([(0, min_tpr), (1, min_tpr)], x, y)}"/>',
         f'<path class="curve" d="{_line(zip(fpr.tolist(), tpr.tolist(), strict=True), x, y)}"/>',
-        f'<text class="note" x="{x(0.78)}" y="{y(min_tpr) - 7:.1f}" text-anchor="end">'
+        f'<text class="note" x="{x(0.99)}" y="{y(0.04):.1f}" text-anchor="end">'
         f"shaded: above {min_tpr:.0%} sensitivity</text>",
     ]
     at = float(np.interp(min_tpr, tpr, fpr))

@@ -110,7 +110,7 @@ class Conductor(L.Callback):
         loss, stop = self._agree(trainer, module)
         figures: dict[str, float] = {}
         options = module.recipe.training
-        if within == 0 and not last and options.validate_every and epoch % options.validate_every == 0:
+        if options.validate_every and (last or (within == 0 and epoch % options.validate_every == 0)):
             figures = self.validate(module)
         self._record(trainer, module, loss, figures)
         if stop or (within == 0 and (epoch % options.checkpoint_every == 0 or last)):

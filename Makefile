@@ -24,8 +24,8 @@ $(STAMP): pyproject.toml requirements.txt
 demo: install  ## make data, train in two processes, evaluate, export, serve and ask (5 minutes on 2 cores)
 	$(BIN)/lesionflow data synth --out $(DEMO)/data --patients 60 --lesions 2000 --seed 1
 	$(BIN)/lesionflow run quick --data $(DEMO)/data --out $(DEMO)/run --processes 2 --keep-serving
-	$(BIN)/lesionflow ask $(DEMO)/run $(DEMO)/data/test-image.hdf5
-	$(BIN)/lesionflow undeploy $(DEMO)/run
+	$(BIN)/lesionflow ask $(DEMO)/run $(DEMO)/data/test-image.hdf5; asked=$$?; \
+	$(BIN)/lesionflow undeploy $(DEMO)/run; exit $$asked
 	$(BIN)/lesionflow show $(DEMO)/run
 
 test: install lint  ## lint, types and the tests (under 20 minutes on 2 cores)

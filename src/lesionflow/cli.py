@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from lesionflow import __version__
-from lesionflow.errors import DataError, LesionflowError
+from lesionflow.errors import DataError, LesionflowError, UsageError
 
 app = typer.Typer(
     name="lesionflow",
@@ -429,7 +430,7 @@ def pipeline_run(
     recipe: RecipeArgument,
     data: DataOption,
     out: RunOption,
-    local: Annotated[bool, typer.Option("--local", help="Run here, each step a process (kfp.local).")] = True,
+    local: Annotated[bool, typer.Option("--local", help="Run here, each step a process (kfp.local).")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes per fold (torchrun).")] = 1,
     set_: SetOption = None,
 ) -> None:
@@ -437,6 +438,8 @@ def pipeline_run(
 
     Example: lesionflow pipeline run quick --local --data data --out runs/pipeline
     """
+    if not local:
+        raise UsageError("pipeline run: only --local for now; a cluster's pipeline comes later")
     from lesionflow.cluster.pipeline import run_local
     from lesionflow.progress import print_summary
 
@@ -471,7 +474,7 @@ def main() -> NoReturn:
         code, message = 0, ""
     except LesionflowError as error:
         if debug:
-            raise
+            traceback.print_exc()
         code, message = error.exit_code, str(error)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"

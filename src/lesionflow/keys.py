@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lesionflow import __version__
+from lesionflow.errors import DataError
 
 _CHUNK = 1 << 20
 
@@ -49,7 +50,9 @@ def code_version(rooms: tuple[str, ...]) -> str:
     """Version and source hash of the rooms (files or folders of the package) that a step runs through."""
     package = Path(__file__).parent
     sources = [
-        p for room in rooms for p in ([package / room] if room.endswith(".py") else (package / room).glob("*.py"))
+        p
+        for room in rooms
+        for p in ([package / room] if room.endswith(".py") else (package / room).glob("*.[ph][yt]*"))
     ]
     return f"{__version__}+{digest({str(p.relative_to(package)): file_hash(p) for p in sorted(sources)})[:16]}"
 
@@ -60,6 +63,38 @@ def content_key(step: str, inputs: Mapping[str, str], recipe: Any, rooms: tuple[
     `inputs` maps names to content hashes, `recipe` is the JSON-able part of the recipe the step reads.
     """
     return digest({"step": step, "inputs": dict(inputs), "recipe": recipe, "code": code_version(rooms)})[:32]
+
+
+def planned_keys(run: Path) -> dict[str, str]:
+    """The steps' keys of a run that was begun. Raises `DataError` for a directory that isn't one."""
+    try:
+        return dict(json.loads((run / "run.json").read_text())["keys"])
+    except (OSError, json.JSONDecodeError, KeyError):
+        raise DataError(
+            f"{run}: not a run that was begun (no run.json); start it with `lesionflow run` or `train`"
+        ) from None
+
+
+def require(run: Path, step: str) -> None:
+    """Raise `DataError` unless `step` was finished for what the run is now asked to be.
+
+    So a later step can't pick up what an earlier recipe, or a refused gate, left in the directory.
+    """
+    record = read_record(run, step)
+    if record is None or record["key"] != planned_keys(run)[step]:
+        raise DataError(
+            f"{run}: {step} isn't done for this recipe, data and code; run it first (`lesionflow run` does)"
+        )
+
+
+def fold_identity(key: str, fold: int) -> str:
+    """What a fold's scores carry, so that those of another training are recognised."""
+    return digest([key, fold])
+
+
+def model_identity(key: str, fold: int, model: int) -> str:
+    """What a model's weights and checkpoint carry."""
+    return digest([key, fold, model])
 
 
 def is_done(run: Path, step: str, key: str) -> bool:

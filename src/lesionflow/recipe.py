@@ -8,6 +8,7 @@ Every error names the field and its bound. Unknown fields are refused, so a typo
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ import tomli_w
 from lesionflow.errors import UsageError
 
 T = TypeVar("T")
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""What a recipe, and so a bundle and a served model, may be called."""
 
 
 def _bound(default: Any, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
@@ -197,7 +201,12 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
-        return _build(cls, values, where, "")
+        recipe = _build(cls, values, where, "")
+        if not re.fullmatch(NAME, recipe.name):
+            raise UsageError(
+                f"{where}: name must be of letters, digits, dots, dashes, underscores, got {recipe.name!r}"
+            )
+        return recipe
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -43,10 +43,10 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "prepare": _DATA,
     "split": ("data/folds.py",),
     "train": ("data/images.py", "data/sampler.py", "data/augment.py", "data/datamodule.py", "models", "training"),
-    "stack": (),
-    "evaluate": ("evaluation",),
-    "gate": ("evaluation",),
-    "export": ("export", "bundle.py", "serving", "data/synthetic.py"),
+    "stack": ("steps.py",),
+    "evaluate": ("evaluation", "steps.py"),
+    "gate": ("evaluation", "steps.py"),
+    "export": ("export", "bundle.py", "serving", "steps.py"),
 }
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": (),
@@ -76,6 +76,8 @@ def plan_keys(recipe: Recipe, fingerprint: str, incumbent: str = "") -> dict[str
         part = {name: values[name] for name in _SECTIONS[step]}
         if step == "prepare":
             part = {"skip_corrupt": recipe.image.skip_corrupt}
+        if step == "train" and (weights := Path(recipe.model.weights)).is_file():
+            part["weights"] = keys.file_hash(weights)
         inputs = {"before": before, "incumbent": incumbent if step == "gate" else ""}
         before = keyed[step] = keys.content_key(step, inputs, part, _ROOMS[step])
     return keyed
@@ -93,9 +95,19 @@ def fingerprint(data: Path) -> str:
     )
 
 
+def _bundle_hash(bundle: Path) -> str:
+    from lesionflow.bundle import MANIFEST, Bundle
+
+    return keys.file_hash(Bundle.open(bundle).path / MANIFEST)
+
+
 @contextlib.contextmanager
 def _step(run: Path, step: str, key: str, outputs: Callable[[], Sequence[str]]) -> Iterator[bool]:
     """Yield whether the step has to run; afterwards, record what it wrote."""
+    before = STEPS[STEPS.index(step) - 1]
+    # Folds can be trained one by one, so the stack looks at their scores instead of the train step's record.
+    if step not in ("prepare", "stack"):
+        keys.require(run, before)
     if keys.is_done(run, step, key):
         yield False
         return
@@ -109,7 +121,7 @@ def begin(run: Path, recipe: Recipe, data: Path, *, incumbent: Path | None = Non
     """Write `recipe.toml` and `run.json` and return the steps' keys. Raises `DataError` for unreadable data."""
     run.mkdir(parents=True, exist_ok=True)
     found = fingerprint(data)
-    keyed = plan_keys(recipe, found, keys.file_hash(incumbent / "MANIFEST.sha256") if incumbent else "")
+    keyed = plan_keys(recipe, found, _bundle_hash(incumbent) if incumbent else "")
     keys.write_text(run / "recipe.toml", recipe.to_toml())
     keys.write_json(
         run / "run.json",
@@ -127,10 +139,12 @@ def begin(run: Path, recipe: Recipe, data: Path, *, incumbent: Path | None = Non
 
 def planned(run: Path, *, incumbent: Path | None = None) -> dict[str, str]:
     """The keys of a run that was begun, as `begin` wrote them (the gate's may follow another incumbent)."""
-    begun = _json(run / "run.json")
     if incumbent is None:
-        return dict(begun["keys"])
-    return plan_keys(_recipe(run), begun["fingerprint"], keys.file_hash(incumbent / "MANIFEST.sha256"))
+        return keys.planned_keys(run)
+    begun = _json(run / "run.json")
+    keyed = plan_keys(_recipe(run), begun["fingerprint"], _bundle_hash(incumbent))
+    keys.write_json(run / "run.json", {**begun, "keys": keyed})
+    return keyed
 
 
 def prepare(run: Path, data: Path, key: str, *, progress: bool = False) -> Path:
@@ -202,6 +216,9 @@ def stack(run: Path, key: str) -> Path:
                 if not path.exists():
                     raise DataError(f"{path}: fold {k} has no scores; train it first (`lesionflow train --fold {k}`)")
                 part = pl.read_parquet(path)
+                expected = keys.fold_identity(keys.planned_keys(run)["train"], k)
+                if pl.read_parquet_metadata(path).get("identity") != expected:
+                    raise DataError(f"{path}: scores of another recipe, data set or code; train fold {k} again")
                 if set(part["fold_hash"]) != {folds.hash} or (part["fold"] != k).any():
                     raise DataError(f"{path}: scores of another split; delete {path.parent} and train fold {k} again")
                 parts.append(part)
@@ -277,8 +294,6 @@ def export(run: Path, key: str) -> Path:
     recipe, (store, folds), out = _recipe(run), _open(run), run / "bundle"
     with _step(run, "export", key, lambda: ["bundle"]) as needed:
         if needed:
-            if not _json(run / "gate.json")["passed"]:
-                raise GateRefused("the gate refused this run; see gate.json")
             models = [
                 Members([load_network(path, recipe) for path in paths])
                 for paths in fold_weights(run, recipe, folds.count)
@@ -329,6 +344,8 @@ def deploy(run: Path, *, port: int = 0, timeout: float = 60.0) -> dict[str, Any]
     Writes `deploy.json` (url, pid). `smoke` checks and `undeploy` ends it. Raises `ClusterError` if it
     doesn't become ready.
     """
+    run = run.resolve()
+    keys.require(run, "export")
     undeploy(run)
     ready = run / ".ready.json"
     ready.unlink(missing_ok=True)
@@ -429,6 +446,9 @@ def run_all(
         return keyed.get(step, "")
 
     prepare(run, data, stage("prepare"), progress=progress)
+    if skipped := _json(run / "store" / "store.json")["skipped"]:
+        first = ", ".join(skipped[:5])
+        tell(f"left out {len(skipped)} lesions without a usable image: {first} (all in {run}/store/store.json)")
     split(run, stage("split"))
     train(run, stage("train"), processes=processes, jobs=jobs, show=show)
     stack(run, stage("stack"))
@@ -439,10 +459,13 @@ def run_all(
     deploy(run)
     try:
         stage("smoke")
-        return smoke(run)
-    finally:
-        if not keep_serving:
-            undeploy(run)
+        answered = smoke(run)
+    except BaseException:
+        undeploy(run)
+        raise
+    if not keep_serving:
+        undeploy(run)
+    return answered
 
 
 def _report(run: Path, gate_result: dict[str, Any]) -> None:
@@ -525,7 +548,7 @@ def _open(run: Path) -> tuple[Store, Folds]:
     from lesionflow.data.store import Store
 
     store, folds = Store.open(run / "store"), Folds.load(run / "folds.parquet")
-    folds.check(store.hash)
+    folds.check(store)
     return store, folds
 
 
@@ -543,7 +566,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _is_server(pid: int, run: Path) -> bool:
     """Whether `pid` is still the service of this run and not some later process with its number."""
     try:
-        return str(run / "bundle").encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return str(run.resolve() / "bundle").encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

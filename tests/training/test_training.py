@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from lesionflow import keys
 from lesionflow.data.folds import Folds
 from lesionflow.data.sampler import Sampler
 from lesionflow.data.store import Store
@@ -144,10 +145,7 @@ def test_one_rank_told_to_stop_stops_both_after_a_save(run: Path, tmp_path: Path
 
 
 def identity_of(run: Path) -> str:
-    recipe = Recipe.load(run / "recipe.toml")
-    return resume.identity(
-        recipe.to_dict(), Store.open(run / "store").hash, Folds.load(run / "folds.parquet").hash, 0, 0
-    )
+    return keys.model_identity(keys.planned_keys(run)["train"], fold=0, model=0)
 
 
 def test_a_checkpoint_of_another_training_is_refused_and_a_damaged_one_passed_over(
@@ -159,7 +157,7 @@ def test_a_checkpoint_of_another_training_is_refused_and_a_damaged_one_passed_ov
     assert first.wait(20) == 143
     path = run / "fold-0" / "model-0" / "last.ckpt"
     assert resume.load(path, identity_of(run)) is not None
-    with pytest.raises(DataError, match="another data set, split or recipe"):
+    with pytest.raises(DataError, match="another data set, split, recipe"):
         resume.load(path, "other")
     path.write_bytes(path.read_bytes()[:-1000])
     assert resume.load(path, identity_of(run)) is None

@@ -57,13 +57,15 @@ class Folds:
             )
         return folds
 
-    def check(self, data_hash: str) -> None:
-        """Raise `DataError` unless these folds were made for the data with this hash."""
-        if data_hash != self.data_hash:
+    def check(self, store: Store) -> None:
+        """Raise `DataError` unless these folds were made for this store, row by row."""
+        if store.hash != self.data_hash:
             raise DataError(
-                f"folds were made for data {self.data_hash[:12]}, this is {data_hash[:12]}; "
+                f"folds were made for data {self.data_hash[:12]}, this is {store.hash[:12]}; "
                 "use the same data, or a new run directory"
             )
+        if self.ids != store.ids:
+            raise DataError("folds: the rows stand in another order than the store's; delete the file and split again")
 
     def train_rows(self, fold: int) -> NDArray[np.int64]:
         return np.flatnonzero(self.fold != fold)
@@ -131,7 +133,7 @@ def write_folds(store_path: Path, out: Path, *, count: int = 5, seed: int = 0) -
     store = Store.open(store_path)
     if out.exists():
         folds = Folds.load(out)
-        folds.check(store.hash)
+        folds.check(store)
         if (folds.count, folds.seed) != (count, seed):
             raise DataError(
                 f"{out}: has {folds.count} folds with seed {folds.seed}, asked were {count} with seed {seed}; "

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -133,18 +133,20 @@ def prepare(
         ids = metadata["isic_id"].to_list()
         keep = np.zeros(len(ids), bool)
         out.mkdir(parents=True, exist_ok=True)
+        # Without this a kill between the two files would leave new rows under the old hash.
+        (out / "store.json").unlink(missing_ok=True)
         with atomic(out / "lesions.arrow") as file, pa.ipc.new_file(file, columns) as writer:
-            images = track(source.images(ids), "prepare", total=len(ids), show=progress)
+            images = track(_readable(source, ids, skip_corrupt), "prepare", total=len(ids), show=progress)
             batch: list[bytes] = []
             start = 0
             for row, (isic_id, data) in enumerate(images):
-                problem = _problem(data, thorough=skip_corrupt)
+                problem = "can't be read" if data is None else _problem(data, thorough=skip_corrupt)
                 if problem and not skip_corrupt:
                     raise DataError(
                         f"image {isic_id}: {problem}; `lesionflow data check` lists all such images, "
                         "--skip-corrupt (or image.skip_corrupt = true) leaves them out"
                     )
-                if problem:
+                if data is None or problem:
                     skipped.append(isic_id)
                 else:
                     keep[row] = True
@@ -168,6 +170,18 @@ def prepare(
         }
         write_json(out / "store.json", info)
     return Store.open(out)
+
+
+def _readable(source: Source, ids: Sequence[str], skip_corrupt: bool) -> Iterator[tuple[str, bytes | None]]:
+    """Every id with its encoded image; None for one that the file can't give, if such ones are to be left out."""
+    if not skip_corrupt:
+        yield from source.images(ids)
+        return
+    for isic_id in ids:
+        try:
+            yield isic_id, source.read(isic_id)
+        except DataError:
+            yield isic_id, None
 
 
 class _Content:

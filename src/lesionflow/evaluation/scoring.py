@@ -1,6 +1,6 @@
 """Score a submission file against the truth, as the competition does, with an interval.
 
-    lesionflow score submission.csv --truth train-metadata.csv
+    lesionflow score submission.csv train-metadata.csv
 
 Rows are joined on `isic_id`, never by position. Missing, extra and duplicate ids and scores that are not
 finite numbers are refused by name and count. Only the columns needed are read, and no torch is imported:

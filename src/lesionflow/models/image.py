@@ -74,6 +74,24 @@ def frozen_parts(network: nn.Module, stages: int) -> list[nn.Module]:
     ]
 
 
+@torch.inference_mode()
+def check_forward(network: nn.Module, recipe: Recipe) -> None:
+    """Raise `UsageError` if the network doesn't take images of the recipe's size, or gives no single logit."""
+    mode, size = network.training, recipe.image.size
+    try:
+        shape = tuple(network.eval()(torch.zeros(2, 3, size, size)).shape)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(
+            f"recipe: model.backbone {recipe.model.backbone} doesn't take images of {size} px "
+            f"({str(error).splitlines()[0]}); set image.size to what it was made for, or choose another"
+        ) from None
+    if shape != (2, 1):
+        raise UsageError(
+            f"recipe: model.backbone {recipe.model.backbone} gives {shape} for two images, not a logit each"
+        )
+    network.train(mode)
+
+
 class Members(nn.Module):
     """The networks of one fold as one: normalised float32 [B, 3, S, S] -> mean logit [B]."""
 
@@ -172,6 +190,8 @@ class LesionModule(L.LightningModule):
         self._frozen = frozen_parts(self.network, recipe.model.freeze)
         self.average = ModelEmaV3(self.network, decay=recipe.training.ema, use_warmup=True, foreach=True)
         self.average.requires_grad_(False)
+        check_forward(self.network, recipe)
+        self.train()  # Lightning leaves the mode as it finds it, and the frozen layers must be in theirs.
 
     def train(self, mode: bool = True) -> LesionModule:
         super().train(mode)

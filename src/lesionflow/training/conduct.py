@@ -104,9 +104,9 @@ class Conductor(L.Callback):
         module.advance()
         self._losses.append(outputs["loss"].detach())
         last = module.step == module.sampler.steps
-        if module.step % self._every and not last:
-            return
         epoch, within = divmod(module.step, module.sampler.steps_per_epoch)
+        if module.step % self._every and within and not last:
+            return
         loss, stop = self._agree(trainer, module)
         figures: dict[str, float] = {}
         options = module.recipe.training

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -32,6 +33,8 @@ from lesionflow.errors import (
     UsageError,
 )
 from lesionflow.training import status
+
+logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 60.0
 """How long children may take to save and end once they were told to stop."""
@@ -79,9 +82,12 @@ def train(
     nodes = Nodes.from_environment(os.environ)
     if processes > 1 or nodes.count > 1:
         worker = [str(run), "--folds", ",".join(map(str, folds))]
-        run_children(
-            [_torchrun(worker, processes, nodes)], run, folds, at_once=1, threads=_cores() // processes, show=show
-        )
+        gpus = _gpus()
+        if 0 < gpus < processes:
+            logger.warning("%d processes for %d GPUs: training on the CPU; use --processes %d", processes, gpus, gpus)
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        threads = max(1, _cores() // processes)
+        run_children([_torchrun(worker, processes, nodes)], run, folds, at_once=1, threads=threads, show=show)
         return
     gpus = _gpus()
     # One fold per GPU where there are any, else one per core.
@@ -135,6 +141,8 @@ def run_children(
     `gpu_each` shows every child one GPU of its own, `at_once` being their number. Output goes to
     `log-<fold>.txt` in the run. SIGTERM and Ctrl-C are passed on as SIGTERM, so that the children save first.
     """
+    for fold in folds:
+        (run / f"fold-{fold}" / "progress.json").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="lesionflow-") as scratch, _stop_flag() as stop_asked:
         waiting = list(enumerate(commands))
         running: dict[int, tuple[subprocess.Popen[bytes], int]] = {}

@@ -1,8 +1,8 @@
 """Checkpoints: which one wins, and what makes one unusable.
 
 A checkpoint holds the step, the weights, their average and the optimiser; all else is a function of
-the step. It carries the identity of its training (data, folds, recipe, fold, seed) and is refused
-under another one. `last.ckpt` is replaced atomically and is the only one, so it always wins.
+the step. It carries the identity of its training (data, split, recipe, code, fold, model) and is
+refused under another one. `last.ckpt` is replaced atomically and is the only one, so it always wins.
 """
 
 from __future__ import annotations
@@ -15,15 +15,10 @@ from typing import Any
 import torch
 
 from lesionflow.errors import DataError
-from lesionflow.keys import atomic, digest
+from lesionflow.keys import atomic
 from lesionflow.models.image import LesionModule
 
 logger = logging.getLogger(__name__)
-
-
-def identity(recipe_part: dict[str, Any], data_hash: str, fold_hash: str, fold: int, seed: int) -> str:
-    """Hash of everything that must be equal for a training to be continued."""
-    return digest({"recipe": recipe_part, "data": data_hash, "folds": fold_hash, "fold": fold, "seed": seed})
 
 
 def save(path: Path, module: LesionModule, optimizer: torch.optim.Optimizer, identity: str) -> None:
@@ -57,8 +52,8 @@ def load(path: Path, identity: str) -> dict[str, Any] | None:
         return None
     if found != identity:
         raise DataError(
-            f"{path}: checkpoint of another data set, split or recipe; use a new run directory, "
-            "or delete the checkpoint to start this fold again"
+            f"{path}: checkpoint of another data set, split, recipe or version of the code; use a new run "
+            "directory, or delete the checkpoint to start this model again"
         )
     return state
 

@@ -26,7 +26,6 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lesionflow.data.datamodule import LesionData
@@ -35,12 +34,12 @@ from lesionflow.data.sampler import Sampler
 from lesionflow.data.store import Store
 from lesionflow.errors import LesionflowError, Preempted, UsageError
 from lesionflow.evaluation.metrics import auc, pauc
-from lesionflow.keys import atomic, digest
+from lesionflow.keys import atomic, fold_identity, model_identity, planned_keys
 from lesionflow.models.image import LesionModule, preprocess_spec
 from lesionflow.recipe import Recipe
 from lesionflow.training import resume
 from lesionflow.training.conduct import Conductor, Stop
-from lesionflow.training.scoring import barrier, device, load_network, rank, score
+from lesionflow.training.scoring import any_rank, barrier, device, load_network, rank, score, weights_identity
 from lesionflow.training.status import Progress, report
 
 Show = Callable[[Progress], None]
@@ -56,14 +55,17 @@ def train_folds(run: Path, wanted: Sequence[int], *, show: Show | None = None) -
         Store.open(run / "store"),
         Folds.load(run / "folds.parquet"),
     )
-    folds.check(store.hash)
+    folds.check(store)
+    key = planned_keys(run)["train"]
     if wrong := [fold for fold in wanted if not 0 <= fold < folds.count]:
         raise UsageError(f"--fold {wrong[0]}: the run has folds 0 to {folds.count - 1}")
+    if recipe.training.batch_size < (world := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise UsageError(f"recipe: training.batch_size {recipe.training.batch_size} is less than {world} processes")
     _hush_lightning()
     with Stop.listening() as stop:
         for fold in wanted:
             with _locked(run / f"fold-{fold}"):
-                _train_fold(_Fold(run, recipe, store, folds, fold, stop, show))
+                _train_fold(_Fold(run, key, recipe, store, folds, fold, stop, show))
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class _Fold:
     """One fold to train and score, and all that this needs."""
 
     run: Path
+    key: str
+    """The train step's content key, which covers data, split, recipe and code."""
     recipe: Recipe
     store: Store
     folds: Folds
@@ -90,21 +94,20 @@ class _Fold:
         return self.recipe.seed * 10_000 + self.number * 100 + model
 
     def identity(self, model: int) -> str:
-        store, folds = self.store, self.folds
-        return resume.identity(self.recipe.to_dict(), store.hash, folds.hash, self.number, self.seed(model))
+        return model_identity(self.key, self.number, model)
 
 
 def _train_fold(fold: _Fold) -> None:
     """All models of one fold, then the mean of their logits on its held-out lesions."""
     members = range(fold.recipe.model.per_fold)
-    identity = digest([fold.identity(model) for model in members])
+    identity = fold_identity(fold.key, fold.number)
     if _scored(fold.out / "oof.parquet") == identity:
         return
     spec, tta = preprocess_spec(fold.recipe), fold.recipe.training.tta
     logits = np.zeros(len(fold.held_out))
     for model in members:
         weights = _train_model(fold, model)
-        if fold.stop.asked:
+        if any_rank(fold.stop.asked):
             raise Preempted(f"fold {fold.number}: stopped after model {model} was saved; run again to go on")
         network = load_network(weights, fold.recipe).to(device())
         logits += score(network, fold.store, fold.held_out, spec, tta)
@@ -129,7 +132,7 @@ def _train_model(fold: _Fold, model: int) -> Path:
     recipe, store, identity, seed = fold.recipe, fold.store, fold.identity(model), fold.seed(model)
     out = fold.out / f"model-{model}"
     weights = out / "weights.safetensors"
-    if weights.exists() and _weights_identity(weights) == identity:
+    if weights.exists() and weights_identity(weights) == identity:
         return weights
     state = resume.load(out / "last.ckpt", identity)
     barrier()  # Every rank has looked before rank 0 removes or writes anything.
@@ -218,15 +221,7 @@ def _scored(path: Path) -> str | None:
     try:
         return pl.read_parquet_metadata(path).get("identity")
     except (OSError, pl.exceptions.PolarsError):
-        return None
-
-
-def _weights_identity(path: Path) -> str | None:
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("identity")
-    except Exception:  # safetensors raises its own kinds for damaged files; they are trained again.
-        return None
+        return None  # Not there, or not readable: the fold is scored again.
 
 
 @contextlib.contextmanager
@@ -253,8 +248,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train_folds(options.run, options.folds)
     except LesionflowError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the worker's own log
-        report(error.exit_code, str(error))
+        # A loader process hands its error over as a text that ends with the original message.
+        message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201 - the worker's own log
+        report(error.exit_code, message)
         return error.exit_code
     except BaseException as error:
         report(1, f"{type(error).__name__}: {error}")

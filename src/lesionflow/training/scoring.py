@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lesionflow.data.augment import normalise
@@ -17,6 +18,7 @@ from lesionflow.data.datamodule import batches
 from lesionflow.data.images import PreprocessSpec
 from lesionflow.data.store import Store
 from lesionflow.errors import DataError
+from lesionflow.keys import model_identity, planned_keys
 from lesionflow.models.image import build
 from lesionflow.recipe import Recipe
 
@@ -31,6 +33,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is up on any rank; the same answer on all."""
+    if not dist.is_initialized():
+        return flag
+    flags: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
 def load_network(weights: Path, recipe: Recipe) -> torch.nn.Module:
     """The trained network in evaluation mode, on the CPU."""
     network = build(recipe.model, pretrained=False)
@@ -38,14 +49,28 @@ def load_network(weights: Path, recipe: Recipe) -> torch.nn.Module:
     return network.eval()
 
 
+def weights_identity(path: Path) -> str | None:
+    """The identity that weights carry, None for a file that isn't there or can't be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("identity")
+    except Exception:  # safetensors raises its own kinds for damaged files; they are trained again.
+        return None
+
+
 def fold_weights(run: Path, recipe: Recipe, count: int) -> list[list[Path]]:
-    """Paths of the final weights, by fold and model; raises `DataError` naming what is missing."""
+    """Paths of the final weights, by fold and model; raises `DataError` for missing ones and another training's."""
+    key = planned_keys(run)["train"]
     paths = [
         [run / f"fold-{fold}" / f"model-{number}" / "weights.safetensors" for number in range(recipe.model.per_fold)]
         for fold in range(count)
     ]
     if missing := [p for fold in paths for p in fold if not p.exists()]:
         raise DataError(f"{missing[0]}: no such weights; train this fold first (`lesionflow train`)")
+    for fold, members in enumerate(paths):
+        for number, path in enumerate(members):
+            if weights_identity(path) != model_identity(key, fold, number):
+                raise DataError(f"{path}: weights of another recipe, data set or code; train fold {fold} again")
     return paths
 
 

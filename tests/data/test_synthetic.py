@@ -440,3 +440,13 @@ def test_the_smallest_set_can_be_read(tmp_path: Path) -> None:
     small(tmp_path / "set", patients=2, lesions=2, prevalence=0.5)
     with open_source(tmp_path / "set") as source:
         assert [name for name, _ in source.images(source.ids)] == source.ids
+
+
+def test_nobody_has_most_of_a_small_set() -> None:
+    shares = []
+    for seed in range(300):
+        cohort = draw_cohort(patients=5, lesions=500, seed=seed, prevalence=0.1)
+        counts = np.bincount(cohort.patient[~cohort.test])
+        shares.append(counts.max() / counts.sum())
+    assert max(shares) < 0.42
+    assert max(shares) > 0.39, "the bound is met, so that it is tested"

@@ -46,7 +46,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "stack": ("steps.py",),
     "evaluate": ("evaluation", "steps.py"),
     "gate": ("evaluation", "steps.py"),
-    "export": ("export", "bundle.py", "serving", "steps.py"),
+    "export": ("export", "bundle.py", "serving", "data", "steps.py"),
 }
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": (),

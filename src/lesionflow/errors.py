@@ -70,7 +70,12 @@ class Preempted(LesionflowError):
     http_status = 503
 
 
-EXIT_CODES = {c.__name__: c.exit_code for c in (UsageError, DataError, GateRefused, ClusterError, Preempted)}
+def from_exit_code(code: int, message: str) -> LesionflowError:
+    """The error that a child process meant when it ended with `code`; the base class for what isn't in the table."""
+    for kind in (UsageError, DataError, GateRefused, ClusterError, Preempted):
+        if kind.exit_code == code:
+            return kind(message)
+    return LesionflowError(message)
 
 
 def missing_extra(package: str, extra: str) -> UsageError:

@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lesionflow import __version__, keys
-from lesionflow.errors import ClusterError, DataError, GateRefused, UsageError
+from lesionflow.errors import DataError, GateRefused, UsageError
 from lesionflow.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -338,41 +335,19 @@ def copy_bundle(bundle: Path, out: Path) -> Path:
     return Bundle.open(out).path
 
 
-def deploy(run: Path, *, port: int = 0, timeout: float = 60.0) -> dict[str, Any]:
-    """Start `lesionflow serve` on the run's bundle as a background process and wait until it is ready.
+def deploy(run: Path, *, port: int = 0) -> dict[str, Any]:
+    """Serve the run's bundle in the background of this machine and wait until it is ready.
 
-    Writes `deploy.json` (url, pid). `smoke` checks and `undeploy` ends it. Raises `ClusterError` if it
-    doesn't become ready.
+    Writes `deploy.json` (url, pid). `smoke` checks it, `undeploy` ends it. Raises `ClusterError` if it
+    doesn't become ready, `DataError` if the bundle isn't this recipe's.
     """
+    from lesionflow.serving import local
+
     run = run.resolve()
     keys.require(run, "export")
     undeploy(run)
-    ready = run / ".ready.json"
-    ready.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "lesionflow", "serve", str(run / "bundle"), "--port", str(port)]
-    with (run / "serving.log").open("wb") as log:
-        server = subprocess.Popen(
-            [*command, "--ready-file", str(ready)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + timeout
-    try:
-        while not ready.exists():
-            if server.poll() is not None:
-                tail = (run / "serving.log").read_text(errors="replace").strip()[-500:]
-                raise ClusterError(f"the service ended with exit code {server.returncode}: {tail}")
-            if time.monotonic() > deadline:
-                raise ClusterError(f"the service wasn't ready after {timeout:.0f} s; see {run / 'serving.log'}")
-            time.sleep(0.05)
-    except BaseException:
-        server.kill()
-        server.wait()
-        raise
-    deployed = {"url": _json(ready)["url"], "pid": server.pid, "kind": "local"}
-    ready.unlink()
+    url, pid = local.start(run / "bundle", run / "serving.log", port=port)
+    deployed = {"url": url, "pid": pid, "kind": "local"}
     keys.write_json(run / "deploy.json", deployed)
     return deployed
 
@@ -409,19 +384,12 @@ def smoke(run: Path, url: str | None = None) -> dict[str, Any]:
 
 def undeploy(run: Path) -> None:
     """End the run's local service, if one is running."""
-    path = run / "deploy.json"
-    if not path.exists():
-        return
-    deployed = _json(path)
-    if _is_server(deployed["pid"], run):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(deployed["pid"], signal.SIGTERM)
-            for _ in range(100):
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(deployed["pid"], os.WNOHANG)
-                os.kill(deployed["pid"], 0)
-                time.sleep(0.1)
-    path.unlink(missing_ok=True)
+    from lesionflow.serving import local
+
+    run = run.resolve()
+    if (run / "deploy.json").exists():
+        local.stop(run / "bundle", _json(run / "deploy.json")["pid"])
+        (run / "deploy.json").unlink(missing_ok=True)
 
 
 def run_all(
@@ -561,14 +529,6 @@ def _json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         raise DataError(f"{path}: missing; run the step that writes it first") from None
-
-
-def _is_server(pid: int, run: Path) -> bool:
-    """Whether `pid` is still the service of this run and not some later process with its number."""
-    try:
-        return str(run.resolve() / "bundle").encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 def _versions() -> dict[str, str]:

@@ -14,14 +14,7 @@ from typing import NamedTuple
 
 from kfp import dsl, local
 
-from lesionflow.errors import (
-    ClusterError,
-    DataError,
-    GateRefused,
-    LesionflowError,
-    Preempted,
-    UsageError,
-)
+from lesionflow.errors import from_exit_code
 from lesionflow.recipe import Recipe
 from lesionflow.training import status
 
@@ -138,11 +131,7 @@ def run_local(recipe: Recipe, data: Path, run: Path, *, processes: int = 1, keep
             lesionflow_pipeline(run=str(run), data=str(data), recipe=recipe.to_toml(), processes=processes)
         except RuntimeError as error:
             outcome = status.collect(Path(scratch), 1)
-            kinds: tuple[type[LesionflowError], ...] = (UsageError, DataError, GateRefused, ClusterError, Preempted)
-            for kind in kinds:
-                if outcome.code == kind.exit_code:
-                    raise kind(outcome.message) from None
-            raise LesionflowError(f"pipeline: {outcome.message or error}") from error
+            raise from_exit_code(outcome.code, outcome.message or f"pipeline: {error}") from error
         finally:
             del os.environ[status.VARIABLE]
             if not keep_serving:

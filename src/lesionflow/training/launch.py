@@ -24,14 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lesionflow.errors import (
-    ClusterError,
-    DataError,
-    GateRefused,
-    LesionflowError,
-    Preempted,
-    UsageError,
-)
+from lesionflow.errors import LesionflowError, Preempted, UsageError, from_exit_code
 from lesionflow.training import status
 
 logger = logging.getLogger(__name__)
@@ -236,20 +229,19 @@ def _show(run: Path, folds: Sequence[int], show: Callable[[status.Progress], Non
 def _raise_outcome(
     outcomes: Mapping[int, status.Outcome], run: Path, folds: Sequence[int], *, interrupted: bool
 ) -> None:
-    kinds: tuple[type[LesionflowError], ...] = (UsageError, DataError, GateRefused, ClusterError)
-    for outcome in outcomes.values():
-        for kind in kinds:
-            if outcome.code == kind.exit_code and outcome.message:
-                raise kind(outcome.message)
+    # Children that were stopped because another failed say 143: they aren't the cause.
+    failed = {n: o for n, o in outcomes.items() if o.code not in (0, Preempted.exit_code)}
+    for outcome in failed.values():
+        error = from_exit_code(outcome.code, outcome.message)
+        if outcome.message and type(error) is not LesionflowError:
+            raise error
     saved = [o.message for o in outcomes.values() if o.code == Preempted.exit_code]
     if interrupted:
         raise Preempted(saved[0] if saved else "stopped before training began; run again to go on")
-    # Children that were stopped because another failed say 143: they aren't the cause.
-    for number, outcome in outcomes.items():
-        if outcome.code not in (0, Preempted.exit_code):
-            log = run / f"log-{folds[number]}.txt"
-            what = outcome.message or _tail(log)
-            raise LesionflowError(f"training failed with exit code {outcome.code}: {what}; see {log}")
+    for number, outcome in failed.items():
+        log = run / f"log-{folds[number]}.txt"
+        what = outcome.message or _tail(log)
+        raise LesionflowError(f"training failed with exit code {outcome.code}: {what}; see {log}")
     if saved:
         raise Preempted(saved[0])
 

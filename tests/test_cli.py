@@ -64,6 +64,18 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in done.stderr
 
 
+def test_a_missing_extra_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch', name='torch')")
+    command = (
+        "import sys; sys.path.insert(0, %r); sys.argv = ['lesionflow', 'serve', 'x']; import lesionflow.cli as c\n"
+    )
+    command += "def serve(*a, **k): import torch\n"
+    command += "import lesionflow.serving.app as app; app.serve = serve; c.main()"
+    done = subprocess.run([sys.executable, "-c", command % str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'lesionflow[train]'" in done.stderr
+
+
 def test_version() -> None:
     from lesionflow import __version__
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lesionflow import __version__
-from lesionflow.errors import DataError, LesionflowError, UsageError
+from lesionflow.errors import DataError, LesionflowError, UsageError, explain_missing
 
 app = typer.Typer(
     name="lesionflow",
@@ -476,6 +476,10 @@ def main() -> NoReturn:
         if debug:
             traceback.print_exc()
         code, message = error.exit_code, str(error)
+    except ModuleNotFoundError as missing:
+        if debug or (explained := explain_missing(missing)) is None:
+            raise
+        code, message = explained.exit_code, str(explained)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except SystemExit as stop:

@@ -78,6 +78,19 @@ def from_exit_code(code: int, message: str) -> LesionflowError:
     return LesionflowError(message)
 
 
+_EXTRAS = {
+    "cluster": ("kfp", "kubernetes"),
+    "serve": ("onnxruntime", "starlette", "uvicorn"),
+    "train": ("jinja2", "kagglesdk", "lightning", "onnx", "onnxscript", "safetensors", "tensorboard", "timm", "torch"),
+}
+
+
+def explain_missing(error: ModuleNotFoundError) -> LesionflowError | None:
+    """The user's side of a failed import: which extra to install; None for a module that no extra brings."""
+    package = (error.name or "").partition(".")[0]
+    return next((missing_extra(package, extra) for extra, names in _EXTRAS.items() if package in names), None)
+
+
 def missing_extra(package: str, extra: str) -> UsageError:
     """The error for a feature whose optional dependency isn't installed."""
     return UsageError(f"this needs the package {package!r}: pip install 'lesionflow[{extra}]'")

@@ -9,33 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 import tomli_w
 
 from lesionflow.errors import UsageError
-
-T = TypeVar("T")
+from lesionflow.fields import bound, build, override_all, read_toml
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """What a recipe, and so a bundle and a served model, may be called."""
-
-
-def _bound(default: Any, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Folds:
     """How lesions are split; a patient is never on both sides."""
 
-    count: int = _bound(5, 2, 20)
+    count: int = bound(5, 2, 20)
     """Number of cross-validation folds."""
-    seed: int = _bound(0, 0)
+    seed: int = bound(0, 0)
     """Seed of the split; separate from the training seed, so that seeds compare on the same folds."""
 
 
@@ -43,9 +37,9 @@ class Folds:
 class ImageInput:
     """What the network is shown."""
 
-    size: int = _bound(128, 32, 1024)
+    size: int = bound(128, 32, 1024)
     """Side of the square crop, pixels."""
-    filter: str = _bound("bilinear", choices=("bilinear", "bicubic", "lanczos"))
+    filter: str = bound("bilinear", choices=("bilinear", "bicubic", "lanczos"))
     """Resampling filter, antialiased."""
     skip_corrupt: bool = False
     """Leave out images that can't be decoded, counted and listed, instead of stopping."""
@@ -55,9 +49,9 @@ class ImageInput:
 class Sampling:
     """Which lesions an epoch shows, in which order."""
 
-    kind: str = _bound("balanced", choices=("balanced", "shuffle"))
+    kind: str = bound("balanced", choices=("balanced", "shuffle"))
     """`balanced` draws all malignant lesions and fresh negatives each epoch; `shuffle` draws every lesion once."""
-    negatives: float = _bound(3.0, 0.1, 1000)
+    negatives: float = bound(3.0, 0.1, 1000)
     """Negatives drawn per malignant lesion and epoch (balanced only)."""
 
 
@@ -69,17 +63,17 @@ class Augment:
     """Horizontal and vertical flips, each with probability 1/2."""
     rotate90: bool = True
     """Right-angle rotations, uniformly."""
-    rotate: float = _bound(0.0, 0, 180)
+    rotate: float = bound(0.0, 0, 180)
     """Further rotation by up to this many degrees either way."""
-    scale: float = _bound(0.0, 0, 0.9)
+    scale: float = bound(0.0, 0, 0.9)
     """Zoom by a factor in 1 - scale .. 1 + scale."""
-    brightness: float = _bound(0.0, 0, 1)
+    brightness: float = bound(0.0, 0, 1)
     """Relative change of brightness, up to."""
-    contrast: float = _bound(0.0, 0, 1)
+    contrast: float = bound(0.0, 0, 1)
     """Relative change of contrast, up to."""
-    saturation: float = _bound(0.0, 0, 1)
+    saturation: float = bound(0.0, 0, 1)
     """Relative change of saturation, up to."""
-    hue: float = _bound(0.0, 0, 0.5)
+    hue: float = bound(0.0, 0, 0.5)
     """Change of hue, in turns, up to."""
 
 
@@ -92,14 +86,14 @@ class Model:
     weights: str = "auto"
     """`auto`: offline ImageNet weights where a package carries them, else timm's hub, else an error;
     `none`: random; otherwise a path to a state dict (.pt, .safetensors)."""
-    dropout: float = _bound(0.0, 0, 0.9)
+    dropout: float = bound(0.0, 0, 0.9)
     """Dropout before the classifier."""
-    drop_path: float = _bound(0.0, 0, 0.9)
+    drop_path: float = bound(0.0, 0, 0.9)
     """Stochastic depth, where the backbone knows it."""
-    freeze: int = _bound(0, 0, 50)
+    freeze: int = bound(0, 0, 50)
     """Stages kept at their pretrained weights and statistics, counted from the input (1: the stem):
     cheaper steps, and less to overfit with few malignant lesions."""
-    per_fold: int = _bound(1, 1, 20)
+    per_fold: int = bound(1, 1, 20)
     """Independently seeded models per fold, whose logits are averaged."""
 
 
@@ -107,16 +101,16 @@ class Model:
 class Optimizer:
     """How the weights move."""
 
-    name: str = _bound("adamw", choices=("adamw", "adam"))
-    lr: float = _bound(1e-3, 1e-7, 1)
+    name: str = bound("adamw", choices=("adamw", "adam"))
+    lr: float = bound(1e-3, 1e-7, 1)
     """Peak learning rate."""
-    weight_decay: float = _bound(0.01, 0, 1)
+    weight_decay: float = bound(0.01, 0, 1)
     """Decoupled decay of matrices and kernels; norms and biases are spared (adamw only)."""
-    schedule: str = _bound("cosine", choices=("cosine", "constant"))
+    schedule: str = bound("cosine", choices=("cosine", "constant"))
     """Per step, after the warm-up."""
-    warmup: float = _bound(0.1, 0, 0.9)
+    warmup: float = bound(0.1, 0, 0.9)
     """Share of all steps with a linear warm-up."""
-    clip: float = _bound(1.0, 0, 1000)
+    clip: float = bound(1.0, 0, 1000)
     """Gradient norm is clipped to this; 0 leaves it alone."""
 
 
@@ -124,19 +118,19 @@ class Optimizer:
 class Training:
     """The fixed schedule; no epoch is picked on the fold that is scored."""
 
-    epochs: int = _bound(10, 1, 10_000)
+    epochs: int = bound(10, 1, 10_000)
     """Passes of the sampler."""
-    batch_size: int = _bound(32, 1, 8192)
+    batch_size: int = bound(32, 1, 8192)
     """Lesions per optimiser step over all processes together."""
-    ema: float = _bound(0.99, 0, 0.99999)
+    ema: float = bound(0.99, 0, 0.99999)
     """Decay per step of the weights' moving average that is scored and exported; 0 uses the last weights."""
-    precision: str = _bound("auto", choices=("auto", "fp32", "bf16"))
+    precision: str = bound("auto", choices=("auto", "fp32", "bf16"))
     """`auto` takes what is fastest on the device: bf16 on CUDA, fp32 on a CPU."""
-    validate_every: int = _bound(0, 0, 10_000)
+    validate_every: int = bound(0, 0, 10_000)
     """Exact pAUC on the held-out fold every so many epochs, for the curves only; 0 only at the end."""
-    checkpoint_every: int = _bound(1, 1, 10_000)
+    checkpoint_every: int = bound(1, 1, 10_000)
     """Epochs between checkpoints."""
-    tta: str = _bound("none", choices=("none", "flips"))
+    tta: str = bound("none", choices=("none", "flips"))
     """Views averaged when a lesion is scored: `flips` is the crop and its three mirror images, in the graph."""
 
 
@@ -144,10 +138,10 @@ class Training:
 class Evaluation:
     """How scores become figures."""
 
-    replicates: int = _bound(2000, 100, 100_000)
+    replicates: int = bound(2000, 100, 100_000)
     """Patient-clustered bootstrap replicates."""
-    seed: int = _bound(0, 0)
-    sensitivity: float = _bound(0.9, 0.5, 0.999)
+    seed: int = bound(0, 0)
+    sensitivity: float = bound(0.9, 0.5, 0.999)
     """Sensitivity that the `refer` threshold is chosen for."""
 
 
@@ -155,13 +149,13 @@ class Evaluation:
 class Gate:
     """What a model must show before it may be exported and deployed."""
 
-    pauc_floor: float = _bound(0.02, 0, 0.2)
+    pauc_floor: float = bound(0.02, 0, 0.2)
     """The pAUC interval's lower bound must not be under this (0.02 is a coin)."""
-    sensitivity_floor: float = _bound(0.0, 0, 1)
+    sensitivity_floor: float = bound(0.0, 0, 1)
     """One-sided 95 % lower bound of sensitivity at the `refer` threshold; 0 doesn't ask."""
-    delta: float = _bound(0.01, 0, 0.2)
+    delta: float = bound(0.01, 0, 0.2)
     """The paired pAUC difference to the incumbent's bundle must not be below -delta."""
-    parity: float = _bound(1e-4, 1e-7, 0.1)
+    parity: float = bound(1e-4, 1e-7, 0.1)
     """Largest logit difference between torch and the exported graph."""
 
 
@@ -171,7 +165,7 @@ class Recipe:
 
     name: str
     description: str = ""
-    seed: int = _bound(0, 0)
+    seed: int = bound(0, 0)
     """Seed of initialisation, sampling and augmentation."""
     folds: Folds = Folds()
     image: ImageInput = ImageInput()
@@ -190,18 +184,14 @@ class Recipe:
         Raises `UsageError` naming the field for anything unknown, of the wrong type or out of bounds.
         """
         path = find(name_or_path)
-        try:
-            values = tomllib.loads(path.read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"recipe {path}: not valid TOML ({error})") from None
+        values = read_toml(path, "recipe")
         values.setdefault("name", path.stem)
-        for override in overrides:
-            _override(values, override)
+        override_all(values, overrides)
         return cls.from_dict(values, str(path))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
-        recipe = _build(cls, values, where, "")
+        recipe = build(cls, values, where, "")
         if not re.fullmatch(NAME, recipe.name):
             raise UsageError(
                 f"{where}: name must be of letters, digits, dots, dashes, underscores, got {recipe.name!r}"
@@ -233,55 +223,3 @@ def find(name_or_path: str | Path) -> Path:
     if (known := shipped()).get(str(name_or_path)) is None:
         raise UsageError(f"recipe {str(name_or_path)!r}: not one of {', '.join(known)}, nor a .toml file")
     return known[str(name_or_path)]
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals or not name.strip():
-        raise UsageError(f"--set {override!r}: expected field=value, for instance training.epochs=5")
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text  # An unquoted string.
-    *sections, last = name.strip().split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UsageError(f"--set {override!r}: {section} is a field, not a section")
-    values[last] = value
-
-
-def _build(cls: type[T], values: Mapping[str, Any], where: str, prefix: str) -> T:
-    hints = get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if unknown := [name for name in values if name not in fields]:
-        known = ", ".join(prefix + name for name in fields)
-        raise UsageError(f"{where}: unknown field {prefix}{unknown[0]}; known are {known}")
-    built: dict[str, Any] = {}
-    for name, value in values.items():
-        kind = hints[name]
-        if dataclasses.is_dataclass(kind):
-            if not isinstance(value, Mapping):
-                raise UsageError(f"{where}: {prefix}{name} is a section, not a value")
-            built[name] = _build(kind, value, where, f"{prefix}{name}.")  # type: ignore[arg-type]
-        else:
-            built[name] = _check(value, kind, fields[name].metadata, f"{where}: {prefix}{name}")
-    missing = [n for n, f in fields.items() if n not in built and f.default is dataclasses.MISSING]
-    if missing:
-        raise UsageError(f"{where}: {prefix}{missing[0]} is missing")
-    return cls(**built)
-
-
-def _check(value: Any, kind: type, bounds: Mapping[str, Any], what: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UsageError(f"{what} must be {kind.__name__}, got {value!r}")
-    low, high, choices = (bounds.get(k) for k in ("low", "high", "choices"))
-    if choices and value not in choices:
-        raise UsageError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
-    # Written so that NaN, which compares false with everything, is out of bounds too.
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        limits = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise UsageError(f"{what} must be {limits}, got {value}")
-    return value

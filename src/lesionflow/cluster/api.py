@@ -49,9 +49,17 @@ KINDS: dict[str, tuple[str, str]] = {
     "Tensorboard": ("tensorboard.kubeflow.org/v1alpha1", "tensorboards"),
     "PodDefault": ("kubeflow.org/v1alpha1", "poddefaults"),
     "SelfSubjectAccessReview": ("authorization.k8s.io/v1", "selfsubjectaccessreviews"),
+    "SelfSubjectReview": ("authentication.k8s.io/v1", "selfsubjectreviews"),
 }
 """Kind -> (apiVersion, plural)."""
-CLUSTER_WIDE = {"Node", "Namespace", "StorageClass", "ClusterServingRuntime", "SelfSubjectAccessReview"}
+CLUSTER_WIDE = {
+    "Node",
+    "Namespace",
+    "StorageClass",
+    "ClusterServingRuntime",
+    "SelfSubjectAccessReview",
+    "SelfSubjectReview",
+}
 TIMEOUT = 30.0
 """Seconds a single request may take."""
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -76,7 +84,7 @@ class Api:
 
         loaded = client.Configuration()
         try:
-            if not settings.context and _NAMESPACE.exists():
+            if not settings.context and in_cluster():
                 config.load_incluster_config(client_configuration=loaded)
                 found = _NAMESPACE.read_text().strip()
             else:
@@ -99,9 +107,20 @@ class Api:
         found = self._call("GET", _prefix(version), missing=None)
         return found is not None and any(r["name"] == plural for r in found["resources"])
 
+    def groups(self) -> dict[str, list[str]]:
+        """The API groups the cluster has, each with its versions."""
+        found = self._call("GET", "/apis")["groups"]
+        return {group["name"]: [v["version"] for v in group["versions"]] for group in found}
+
     def version(self) -> str:
         """The server's version, like v1.29.3."""
         return str(self._call("GET", "/version")["gitVersion"])
+
+    def clock(self) -> str:
+        """The server's clock, as its Date header says it; empty if it sends none."""
+        response = self._call("GET", "/version", stream=True)
+        response.read()
+        return str(response.headers.get("Date", ""))
 
     def get(self, kind: str, name: str) -> Object | None:
         """An object, or None if there is none of that name (or kind)."""
@@ -186,11 +205,15 @@ class Api:
         found = self.list("Event", fields=f"involvedObject.name={name}")
         return sorted(found, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "")
 
-    def allowed(self, verb: str, kind: str) -> bool:
-        """Whether this account may do that in the namespace."""
+    def allowed(self, verb: str, kind: str, subresource: str = "") -> bool:
+        """Whether this account may do that in the namespace (or in the whole cluster, for kinds without one)."""
         version, plural = KINDS[kind]
         group = version.partition("/")[0] if "/" in version else ""
         attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural}
+        if kind in CLUSTER_WIDE:
+            del attributes["namespace"]
+        if subresource:
+            attributes["subresource"] = subresource
         review = {
             "apiVersion": "authorization.k8s.io/v1",
             "kind": "SelfSubjectAccessReview",
@@ -254,6 +277,11 @@ class Api:
             ) from None
 
 
+def in_cluster() -> bool:
+    """Whether this process runs in a pod that has an account."""
+    return _NAMESPACE.exists()
+
+
 def _prefix(version: str) -> str:
     return f"/apis/{version}" if "/" in version else f"/api/{version}"
 
@@ -269,6 +297,8 @@ def _explained(error: Any, method: str, path: str) -> ClusterError | UsageError:
     if error.status == 403:
         if "quota" in message:
             return ClusterError(f"{what}: over the namespace's quota: {message}; ask for less, or clean up first")
+        if " cannot " not in message:  # Admission (pod security, limits, webhooks) refuses with 403 too.
+            return ClusterError(f"{what}: the cluster refuses the object: {message}")
         return ClusterError(
             f"{what}: not allowed (403): {message}; in Kubeflow use a namespace whose contributor you are"
         )

@@ -26,6 +26,27 @@ LOGIN_HELP = (
 )
 
 
+def find_token() -> tuple[dict[str, str], str]:
+    """This machine's token, as the environment variables that carry it, and where it was found; empty if there is none.
+
+    Looks where `connect` looks, without the client library. A login by `kaggle auth login` isn't taken: its tokens
+    last for hours. Raises `UsageError` for a key file that can't be read.
+    """
+    home = Path.home() / ".kaggle"
+    given = os.environ.get("KAGGLE_API_TOKEN", "").strip()
+    try:
+        if given and not Path(given).is_file():
+            return {"KAGGLE_API_TOKEN": given}, "the environment variable KAGGLE_API_TOKEN"
+        for path in (Path(given) if given else None, home / "access_token", home / "access_token.txt"):
+            if path is not None and path.is_file() and (token := path.read_text().strip()):
+                return {"KAGGLE_API_TOKEN": token}, str(path)
+    except OSError as error:
+        # A message of the system's would carry the path, which may be the token.
+        raise UsageError(f"the Kaggle token can't be read ({type(error).__name__}): {LOGIN_HELP}") from None
+    key, where = _api_key()
+    return ({"KAGGLE_USERNAME": key["username"], "KAGGLE_KEY": key["password"]}, where) if key else ({}, "")
+
+
 class TransientError(Exception):
     """Worth another try: the network broke off, or the server is busy."""
 
@@ -45,8 +66,13 @@ def connect(timeout: float = 60.0) -> Iterator[Any]:
     send = adapter.send
     adapter.send = lambda request, **options: send(request, **options | {"timeout": options.get("timeout") or timeout})
     values: dict[str, str] = {}
-    if not get_access_token_from_env()[0]:
-        values = _api_key()
+    try:
+        stored_token = get_access_token_from_env()[0]
+    except OSError as error:
+        # The library takes the token for a path first; too long for one, it would stand in the system's message.
+        raise UsageError(f"the Kaggle token can't be read ({type(error).__name__}): {LOGIN_HELP}") from None
+    if not stored_token:
+        values, _ = _api_key()
         if not values:
             with KaggleClient() as anonymous:
                 stored = KaggleCredentials.load(client=anonymous)
@@ -137,20 +163,24 @@ def _reason(error: BaseException) -> str:
     return f"the connection failed ({kind})"
 
 
-def _api_key() -> dict[str, str]:
-    """User name and key from the environment or kaggle.json; empty if there are none."""
+def _api_key() -> tuple[dict[str, str], str]:
+    """User name and key from the environment or kaggle.json, and where they were; empty if there are none."""
     key = {"username": os.environ.get("KAGGLE_USERNAME", ""), "password": os.environ.get("KAGGLE_KEY", "")}
     if all(key.values()):
-        return key
+        return key, "the environment variables KAGGLE_USERNAME and KAGGLE_KEY"
     home = Path.home()
     config = os.environ.get("XDG_CONFIG_HOME") or str(home / ".config")
     for folder in (os.environ.get("KAGGLE_CONFIG_DIR"), home / ".kaggle", Path(config) / "kaggle"):
         path = Path(folder) / "kaggle.json" if folder else None
-        if path is None or not path.is_file():
-            continue
-        try:
-            stored = json.loads(path.read_text())
-            return {"username": str(stored["username"]), "password": str(stored["key"])}
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{path}: not a Kaggle key file (needs username and key): {LOGIN_HELP}") from None
-    return {}
+        if path is not None and path.is_file():
+            return read_key_file(path.read_text(), str(path)), str(path)
+    return {}, ""
+
+
+def read_key_file(text: str, where: str) -> dict[str, str]:
+    """User name and key of a kaggle.json. Raises `UsageError` naming the place, not the content."""
+    try:
+        stored = json.loads(text)
+        return {"username": str(stored["username"]), "password": str(stored["key"])}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{where}: not a Kaggle key file (needs username and key): {LOGIN_HELP}") from None

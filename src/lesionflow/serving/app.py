@@ -14,27 +14,29 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lesionflow.bundle import NOTICE
+from lesionflow.bundle import INFO, NOTICE, Bundle
 from lesionflow.errors import UsageError, missing_extra
 from lesionflow.keys import write_json
 from lesionflow.serving.predictor import Predictor
 from lesionflow.serving.protocol import ServiceLimits
+from lesionflow.serving.remote import TIMEOUT, Remote
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 
-def create_app(bundle: Path | Predictor, *, limits: ServiceLimits | None = None) -> Starlette:
+def create_app(bundle: Path | Predictor, *, limits: ServiceLimits | None = None, name: str | None = None) -> Starlette:
     """The ASGI application, for a server of one's own. Raises `DataError` if the bundle was tampered with.
 
-    It checks the reference lesions in a thread when it starts, and is ready once they came out right.
+    The model is served under the bundle's name, and under `name`. The application checks the reference
+    lesions in a thread when it starts, and is ready once they came out right.
     """
     try:
         from lesionflow.serving.endpoints import Service, application
     except ImportError as error:
         raise missing_extra(error.name or "starlette", "serve") from None
     predictor = bundle if isinstance(bundle, Predictor) else Predictor(bundle)
-    return application(Service(predictor, limits or ServiceLimits()))
+    return application(Service(predictor, limits or ServiceLimits(), name))
 
 
 def serve(
@@ -46,11 +48,22 @@ def serve(
     limits: ServiceLimits | None = None,
     ready_file: Path | None = None,
     grace: float = 30.0,
+    name: str | None = None,
+    predictor_host: str | None = None,
+    predictor_tls: bool = False,
+    predictor_timeout: float = TIMEOUT,
 ) -> None:
     """Serve a bundle until SIGTERM or Ctrl-C, then finish the requests that have begun, and return.
 
     Port 0 takes a free one. Once requests are taken, one line with the URL goes to stdout, and to
     `ready_file` as JSON (`url`, `pid`). Requests still running `grace` seconds after the signal are cut off.
+
+    `name` is a second name for the model. With a `predictor_host` (HOST, HOST:PORT or URL) this process
+    decodes and calibrates, and the graph runs there: see `remote.Remote`. The service then starts at once,
+    is unready until the predictor reproduces the reference lesions, and looks again every half minute.
+
+    `bundle` itself may be a link, or a folder whose files are links from one real folder, as KServe's
+    storage initialiser makes them; the real bundle may hold none.
 
     Raises `UsageError` for an address that can't be had, `DataError` for a bundle that was tampered
     with, `GateRefused` if its reference lesions aren't reproduced on this machine.
@@ -60,8 +73,11 @@ def serve(
     except ImportError:
         raise missing_extra("uvicorn", "serve") from None
     with _listen(host, port) as listener:
-        app = create_app(Predictor(bundle, threads), limits=limits)
-        app.state.service.check()
+        opened = Bundle.open(_real(Path(bundle)))
+        graph = Remote(opened, predictor_host, tls=predictor_tls, timeout=predictor_timeout) if predictor_host else None
+        app = create_app(Predictor(opened, threads, graph=graph), limits=limits, name=name)
+        if graph is None:
+            app.state.service.check()
         url = _url(listener)
 
         def announce() -> None:
@@ -110,6 +126,12 @@ def _on_signal(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _real(bundle: Path) -> Path:
+    """The folder that a bundle's files really lie in."""
+    info = bundle / INFO
+    return info.resolve().parent if info.is_symlink() else bundle.resolve()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -5,13 +5,15 @@
     GET  /v2/models/NAME   .../ready          inputs and outputs
     POST /v2/models/NAME/infer                `image` (BYTES: JPEG or PNG; or UINT8 pixels) to logits and probability
 
-`/versions/1` may follow NAME. Decoding and the model run in threads, so health answers under load.
+`/versions/1` may follow NAME, which is the bundle's own name or the one it is served under. Decoding and
+the model run in threads, so health answers under load.
 Images are held in memory for the length of their request and appear in no log and no file.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -28,32 +30,36 @@ from starlette.routing import BaseRoute, Route
 from lesionflow import __version__
 from lesionflow.bundle import NOTICE
 from lesionflow.data.images import Pixels, to_pixels
-from lesionflow.errors import ImageError, LesionflowError
+from lesionflow.errors import ClusterError, ImageError, LesionflowError
+from lesionflow.serving.graph import Graph
 from lesionflow.serving.predictor import Predictor
 from lesionflow.serving.protocol import OUTPUTS, InferRequest, RequestError, ServiceLimits, parse, render
 
 VERSION = "1"
-_WORKERS = 2  # One request is decoded while another is in the model.
+RETRY_SECONDS = 2.0
+"""Between two checks while a remote predictor isn't there yet."""
+RECHECK_SECONDS = 30.0
+"""Between two checks of a remote predictor that was: another model may have taken its place."""
 _log = logging.getLogger("lesionflow.serving")
 
 
 class Service:
     """A predictor with its limits, and whether it may be asked."""
 
-    def __init__(self, predictor: Predictor, limits: ServiceLimits) -> None:
+    def __init__(self, predictor: Predictor, limits: ServiceLimits, name: str | None = None) -> None:
         self.predictor = predictor
         self.limits = limits
-        self.name = predictor.bundle.name
+        self.name = name or predictor.bundle.name
+        """What the model is served as; the bundle's own name is answered too."""
         self.reason: str | None = "the reference lesions haven't been checked yet"
         """Why the service isn't ready; None once it is."""
         self.pending = 0
-        self._pool = ThreadPoolExecutor(_WORKERS, "infer")
-        self._model = threading.Lock()
+        # One request is decoded while others are in the model.
+        self._pool = ThreadPoolExecutor(predictor.graph.parallel + 1, "infer")
+        self._model = threading.BoundedSemaphore(predictor.graph.parallel)
 
     def check(self) -> None:
-        """Become ready if the reference lesions are reproduced, else raise and stay unready with the reason."""
-        if self.reason is None:
-            return
+        """Become ready if the reference lesions are reproduced, else raise and be unready with the reason."""
         try:
             self.predictor.smoke()
         except LesionflowError as error:
@@ -64,13 +70,13 @@ class Service:
     async def in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
-    def infer(self, body: bytes, header_length: str | None) -> tuple[bytes, int | None]:
-        """A request's body to the response's: see `protocol.parse` and `protocol.render`."""
+    def infer(self, body: bytes, header_length: str | None, name: str) -> tuple[bytes, int | None]:
+        """A request's body to the response's, for the model as `name`: see `protocol.parse` and `protocol.render`."""
         request = parse(body, header_length, self.predictor.spec.size, self.limits)
         pixels = self._decode(request)
         with self._model:
             outputs = self.predictor.logits(pixels)
-        return render(request, self.predictor.answers(*outputs), self.name, VERSION)
+        return render(request, self.predictor.answers(*outputs), name, VERSION)
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -93,19 +99,21 @@ class Service:
 
 
 def application(service: Service) -> Starlette:
-    """The ASGI application of a service, which it checks in a thread as it starts."""
+    """The ASGI application of a service, which it checks in a thread as it starts (a remote predictor ever again)."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        checking = asyncio.create_task(_check(service))
+        stop = asyncio.Event()
+        checking = asyncio.create_task(_check(service, stop))
         yield
+        stop.set()
         await checking
         service.close()
 
     app = Starlette(
         routes=_routes(),
         lifespan=lifespan,
-        exception_handlers={RequestError: _request_error, HTTPException: _http_error},
+        exception_handlers={RequestError: _request_error, ClusterError: _cluster_error, HTTPException: _http_error},
     )
     app.state.service = service
     return app
@@ -127,11 +135,21 @@ def _routes() -> list[BaseRoute]:
     return routes
 
 
-async def _check(service: Service) -> None:
-    try:
-        await service.in_thread(service.check)
-    except LesionflowError as error:
-        _log.error("not ready: %s", error)
+async def _check(service: Service, stop: asyncio.Event) -> None:
+    if service.reason is None:
+        return
+    remote = not isinstance(service.predictor.graph, Graph)
+    while not stop.is_set():
+        before = service.reason
+        try:
+            await service.in_thread(service.check)
+        except LesionflowError as error:
+            if str(error) != before:
+                _log.error("not ready: %s", error)
+        if not remote:
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), RECHECK_SECONDS if service.reason is None else RETRY_SECONDS)
 
 
 async def _server(request: Request) -> Response:
@@ -147,8 +165,7 @@ async def _ready(request: Request) -> Response:
 
 
 async def _model_ready(request: Request) -> Response:
-    service = _model(request)
-    return _readiness(service, {"name": service.name})
+    return _readiness(_model(request), {"name": request.path_params["name"]})
 
 
 async def _index(request: Request) -> Response:
@@ -165,7 +182,7 @@ async def _metadata(request: Request) -> Response:
     shapes = {"fold_logits": [-1, bundle.models]}
     return JSONResponse(
         {
-            "name": service.name,
+            "name": request.path_params["name"],
             "versions": [VERSION],
             "platform": "lesionflow",
             "inputs": [{"name": "image", "datatype": "BYTES", "shape": [-1]}],
@@ -197,7 +214,8 @@ async def _infer(request: Request) -> Response:
     try:
         body = await _body(request, service.limits.body)
         header_length = request.headers.get("inference-header-content-length")
-        answer, json_length = await service.in_thread(service.infer, body, header_length)
+        name = request.path_params["name"]
+        answer, json_length = await service.in_thread(service.infer, body, header_length, name)
     except ClientDisconnect:
         return Response(status_code=400)
     except LesionflowError:
@@ -239,7 +257,7 @@ def _service(request: Request) -> Service:
 def _model(request: Request) -> Service:
     service = _service(request)
     name, version = request.path_params["name"], request.path_params.get("version", VERSION)
-    if name != service.name or version != VERSION:
+    if name not in (service.name, service.predictor.bundle.name) or version != VERSION:
         raise RequestError(
             f"no model {name[:64]!r} version {version[:16]!r}: this server has {service.name!r}, version {VERSION}",
             status=404,
@@ -256,6 +274,13 @@ def _readiness(service: Service, extra: dict[str, Any]) -> Response:
 async def _request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return JSONResponse(error.to_dict(), error.http_status)
+
+
+async def _cluster_error(request: Request, error: Exception) -> Response:
+    """The predictor behind this service failed: the caller may ask again, and is told who failed."""
+    assert isinstance(error, ClusterError)
+    headers = {"Retry-After": "1"} if error.http_status == 503 else None
+    return JSONResponse({"error": str(error)}, error.http_status, headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

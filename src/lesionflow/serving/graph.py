@@ -26,6 +26,9 @@ Floats = NDArray[np.float32]
 class Graph:
     """A loaded graph. Safe to call from several threads."""
 
+    parallel = 1
+    """Calls worth running at one time: each uses all of its threads."""
+
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         """Load the graph onto `threads` CPU threads, by default all that this process may use.
 
@@ -57,12 +60,7 @@ class Graph:
 
         Raises `DataError` for any other shape or type.
         """
-        size = self._size
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
-            raise DataError(
-                f"pixels are {pixels.dtype} {list(pixels.shape)}, the model takes uint8 [B, {size}, {size}, 3]: "
-                "resize with `to_pixels`, or send the encoded image"
-            )
+        check_pixels(pixels, self._size)
         fold_logits = np.empty((len(pixels), self._models), dtype=np.float32)
         logit = np.empty(len(pixels), dtype=np.float32)
         for start in range(0, len(pixels), self._batch):
@@ -84,6 +82,15 @@ class Graph:
                     f"{self._where}: gives {name} as {outputs.get(name)}, bundle.json says float {rest}: "
                     "export the bundle again"
                 )
+
+
+def check_pixels(pixels: Pixels, size: int) -> None:
+    """Raise `DataError` unless `pixels` are uint8 [B, size, size, 3]."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
+        raise DataError(
+            f"pixels are {pixels.dtype} {list(pixels.shape)}, the model takes uint8 [B, {size}, {size}, 3]: "
+            "resize with `to_pixels`, or send the encoded image"
+        )
 
 
 def available_cpus() -> int:

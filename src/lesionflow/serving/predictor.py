@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from lesionflow.errors import DataError, GateRefused, ImageError
 from lesionflow.keys import atomic
 from lesionflow.progress import track
 from lesionflow.serving.graph import Floats, Graph
+
+if TYPE_CHECKING:
+    from lesionflow.serving.remote import Remote
 
 SMOKE_TOLERANCE = 1e-3
 """Largest logit difference to the stored answers: another CPU may add in another order, another model may not pass."""
@@ -51,11 +54,16 @@ class Answer:
 class Predictor:
     """A loaded bundle. Safe to call from several threads."""
 
-    def __init__(self, bundle: Bundle | Path, threads: int | None = None) -> None:
-        """Check and load a bundle onto `threads` CPU threads (by default all). Raises `DataError`."""
+    def __init__(
+        self, bundle: Bundle | Path, threads: int | None = None, *, graph: Graph | Remote | None = None
+    ) -> None:
+        """Check and load a bundle onto `threads` CPU threads (by default all), or use a `graph` that runs elsewhere.
+
+        Raises `DataError`.
+        """
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.spec = self.bundle.spec
-        self.graph = Graph(self.bundle, threads)
+        self.graph = graph or Graph(self.bundle, threads)
         calibration = self.bundle.info["calibration"]
         self._a, self._b = float(calibration["a"]), float(calibration["b"])
 

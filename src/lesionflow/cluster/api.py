@@ -62,6 +62,8 @@ CLUSTER_WIDE = {
 }
 TIMEOUT = 30.0
 """Seconds a single request may take."""
+IDLE = 300.0
+"""Seconds a log may be silent until its connection counts as dead."""
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -262,7 +264,8 @@ class Api:
                 auth_settings=["BearerToken"],
                 _preload_content=False,
                 _return_http_data_only=True,
-                _request_timeout=None if stream else TIMEOUT,
+                # A connection that died unseen would wait for ever.
+                _request_timeout=(TIMEOUT, IDLE) if stream else TIMEOUT,
             )
             return response if stream else json.loads(response.data)
         except ApiException as error:

@@ -6,6 +6,7 @@ A PyTorchJob tells its phase in conditions; a TrainJob only how it ended, the re
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,7 @@ def state_of(api: Api, job: Object, pods: Objects) -> JobState:
     """One job's state, from its object and its pods."""
     status, phase = job.get("status", {}), phase_of(job)
     nodes, ready = nodes_of(job), sum(_is_ready(pod) for pod in pods)
-    restarts = _restarts(api, job)
+    restarts = restarts_of(api, job)
     if phase == "Created" and job["kind"] == "TrainJob":
         running = len(pods) == nodes and all(pod.get("status", {}).get("phase") == "Running" for pod in pods)
         phase = "Running" if running else "Restarting" if restarts else "Created"
@@ -152,6 +153,26 @@ def ended_of(pod: Object) -> Object:
     return dict(trainer_of(pod).get("state", {}).get("terminated", {}))
 
 
+def condemned(pods: Objects, codes: Sequence[int] = ()) -> Objects:
+    """The pods whose training failed (with one of `codes`, if given), the likeliest cause first.
+
+    When one node fails the others follow, within the second and with codes of their own: 1 from a broken
+    connection, 143 and 137 from being stopped. A code of our table says more than these, and so does a pod out
+    of memory.
+    """
+    failed = [
+        pod for pod in pods if ended_of(pod).get("exitCode") and (not codes or ended_of(pod)["exitCode"] in codes)
+    ]
+
+    def rank(pod: Object) -> tuple[int, str, int]:
+        ended = ended_of(pod)
+        said = ended["exitCode"] in (2, 3, 4, 5) or ended.get("reason") == "OOMKilled"
+        stopped = ended["exitCode"] in (137, 143)
+        return (0 if said else 2 if stopped else 1, ended.get("finishedAt", ""), node_of(pod))
+
+    return sorted(failed, key=rank)
+
+
 def missing_owners(api: Api, job: Object, pods: Objects) -> Objects:
     """Whoever should have made the pods that aren't there: the job, and what stands between it and its pods."""
     if len(pods) >= nodes_of(job):
@@ -166,7 +187,8 @@ def _is_ready(pod: Object) -> bool:
     return bool(container.get("ready")) or ended_of(pod).get("exitCode") == 0
 
 
-def _restarts(api: Api, job: Object) -> int:
+def restarts_of(api: Api, job: Object) -> int:
+    """How often a job's pods were made again, as far as the cluster remembers."""
     name = job["metadata"]["name"]
     if job["kind"] == "TrainJob":
         return int((_may_get(api, "JobSet", name) or {}).get("status", {}).get("restarts", 0))

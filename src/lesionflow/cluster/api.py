@@ -11,6 +11,7 @@ because model classes of one client version lose the fields of another cluster's
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -91,8 +92,10 @@ class Api:
                 found = _NAMESPACE.read_text().strip()
             else:
                 context = settings.context or None
-                config.load_kube_config(context=context, client_configuration=loaded)
-                contexts, active = config.list_kube_config_contexts()
+                # The client reads KUBECONFIG once, when it is imported; a notebook may set it later.
+                file = os.environ.get("KUBECONFIG")
+                config.load_kube_config(config_file=file, context=context, client_configuration=loaded)
+                contexts, active = config.list_kube_config_contexts(config_file=file)
                 chosen = next((c for c in contexts if c["name"] == settings.context), active)
                 found = chosen["context"].get("namespace", "default")
         except (ConfigException, OSError) as error:

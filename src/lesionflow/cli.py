@@ -92,9 +92,11 @@ def run(
 
 @app.command()
 def train(
-    recipe: RecipeArgument,
-    data: DataOption,
     out: RunOption,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A shipped recipe's name, or a .toml file.", metavar="[RECIPE]")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Data set directory in the competition's layout.")] = None,
     fold: Annotated[str, typer.Option(help="Fold number, several with commas, or all.")] = "all",
     processes: Annotated[int, typer.Option(min=1, help="Processes per fold and node (torchrun).")] = 1,
     jobs: Annotated[int, typer.Option(min=0, help="Folds trained side by side; 0: one per core or GPU.")] = 0,
@@ -103,18 +105,23 @@ def train(
 ) -> None:
     """Train folds, preparing and splitting first; continues from the last checkpoint.
 
-    Ends with exit code 143 after a clean save when it is told to stop (SIGTERM, Ctrl-C).
+    Without RECIPE and --data it trains what was prepared and split in --out: that is what every node
+    of a job on a cluster runs. Ends with exit code 143 after a clean save when it is told to stop
+    (SIGTERM, Ctrl-C).
 
     Example: lesionflow train baseline --data data --out runs/b --fold 0 --set training.epochs=3
     """
     from lesionflow import steps
     from lesionflow.progress import TrainingBars
 
-    loaded = _load(recipe, set_)
+    if (recipe is None) != (data is None) or (recipe is None and set_):
+        raise UsageError("train: give RECIPE and --data, or neither to train what was begun in --out")
     with TrainingBars(not quiet) as bars:
-        planned = steps.begin(out, loaded, data)
-        steps.prepare(out, data, planned["prepare"], progress=not quiet)
-        steps.split(out, planned["split"])
+        if recipe is not None and data is not None:
+            planned = steps.begin(out, _load(recipe, set_), data)
+            steps.prepare(out, data, planned["prepare"], progress=not quiet)
+            steps.split(out, planned["split"])
+        planned = steps.planned(out)
         folds = None if fold == "all" else _numbers(fold)
         steps.train(out, planned["train"], folds=folds, processes=processes, jobs=jobs, show=bars.show)
 

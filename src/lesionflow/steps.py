@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +116,18 @@ def _step(run: Path, step: str, key: str, outputs: Callable[[], Sequence[str]]) 
 
 
 def begin(run: Path, recipe: Recipe, data: Path, *, incumbent: Path | None = None) -> dict[str, str]:
-    """Write `recipe.toml` and `run.json` and return the steps' keys. Raises `DataError` for unreadable data."""
+    """Write `recipe.toml` and `run.json` and return the steps' keys.
+
+    Raises `DataError` for unreadable data, `UsageError` on a node of a distributed job: its nodes
+    would write over each other, so a run is begun, prepared and split before its job starts.
+    """
+    from lesionflow.training.launch import Nodes
+
+    if (nodes := Nodes.from_environment(os.environ).count) > 1:
+        raise UsageError(
+            f"this is one of {nodes} nodes: begin, prepare and split the run on one machine first "
+            "(the pipeline does), then start `lesionflow train --out RUN` on all of them"
+        )
     run.mkdir(parents=True, exist_ok=True)
     found = fingerprint(data)
     keyed = plan_keys(recipe, found, _bundle_hash(incumbent) if incumbent else "")
@@ -191,6 +203,12 @@ def train(
     wanted = list(range(count)) if folds is None else list(folds)
     if wrong := [k for k in wanted if not 0 <= k < count]:
         raise UsageError(f"--fold {wrong[0]}: the run has folds 0 to {count - 1}")
+    if launch.Nodes.from_environment(os.environ).rank > 0:
+        # The job's first node records the step; this one only has to find it done when it comes late.
+        keys.require(run, "split")
+        if not keys.is_done(run, "train", key):
+            launch.train(run, wanted, processes=processes, jobs=jobs, show=show)
+        return
     if len(wanted) < count:
         launch.train(run, wanted, processes=processes, jobs=jobs, show=show)
         return

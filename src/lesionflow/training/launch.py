@@ -45,6 +45,8 @@ class Nodes:
     rank: int = 0
     address: str = ""
     port: int = 29500
+    operated: bool = False
+    """An operator started this process: its output is the pod's log."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Nodes:
@@ -53,9 +55,12 @@ class Nodes:
         port = int(environment.get("PET_MASTER_PORT") or environment.get("MASTER_PORT") or 29500)
         if "PET_NNODES" in environment:
             count = int(environment["PET_NNODES"].partition(":")[2] or environment["PET_NNODES"])
-            return cls(count, int(environment.get("PET_NODE_RANK", "0")), address, port)
+            return cls(count, int(environment.get("PET_NODE_RANK", "0")), address, port, True)
         if "WORLD_SIZE" in environment and "TORCHELASTIC_RUN_ID" not in environment:
-            return cls(int(environment["WORLD_SIZE"]), int(environment.get("RANK", "0")), address, port)
+            # The Training Operator counts processes here once the job names their number per node.
+            each = environment.get("PET_NPROC_PER_NODE", "1")
+            count = max(1, int(environment["WORLD_SIZE"]) // (int(each) if each.isdigit() else 1))
+            return cls(count, int(environment.get("RANK", "0")), address, port, True)
         return cls()
 
 
@@ -79,8 +84,11 @@ def train(
         if 0 < gpus < processes:
             logger.warning("%d processes for %d GPUs: training on the CPU; use --processes %d", processes, gpus, gpus)
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        threads = max(1, _cores() // processes)
-        run_children([_torchrun(worker, processes, nodes)], run, folds, at_once=1, threads=threads, show=show)
+        threads = _threads(processes)
+        command = _torchrun(worker, processes, nodes)
+        run_children(
+            [command], run, folds, at_once=1, threads=threads, show=None if nodes.rank else show, log=not nodes.operated
+        )
         return
     gpus = _gpus()
     # One fold per GPU where there are any, else one per core.
@@ -91,7 +99,7 @@ def train(
         train_folds(run, folds, show=show)
         return
     commands = [[sys.executable, "-m", "lesionflow.training.run", str(run), "--folds", str(fold)] for fold in folds]
-    run_children(commands, run, folds, at_once=jobs, threads=max(1, _cores() // jobs), gpu_each=gpus > 0, show=show)
+    run_children(commands, run, folds, at_once=jobs, threads=_threads(jobs), gpu_each=gpus > 0, show=show)
 
 
 def _gpus() -> int:
@@ -100,8 +108,19 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores this process may use: its affinity, and no more than a container's quota grants."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        granted, period = quota.read_text().split()
+        cores = min(cores, max(1, int(granted) // int(period)))
+    return cores
+
+
+def _threads(processes: int) -> int:
+    """Threads for each of several processes: an even share of the cores, or what OMP_NUM_THREADS asks for."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else max(1, _cores() // processes)
 
 
 def _torchrun(worker: Sequence[str], processes: int, nodes: Nodes) -> list[str]:
@@ -128,13 +147,15 @@ def run_children(
     threads: int,
     gpu_each: bool = False,
     show: Callable[[status.Progress], None] | None = None,
+    log: bool = True,
 ) -> None:
     """Run commands, a few at a time; stop all when one fails, and raise what it ended with.
 
     `gpu_each` shows every child one GPU of its own, `at_once` being their number. Output goes to
-    `log-<fold>.txt` in the run. SIGTERM and Ctrl-C are passed on as SIGTERM, so that the children save first.
+    `log-<fold>.txt` in the run, or without `log` to this process's own. SIGTERM and Ctrl-C are passed
+    on as SIGTERM, so that the children save first.
     """
-    for fold in folds:
+    for fold in folds if show else ():
         (run / f"fold-{fold}" / "progress.json").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="lesionflow-") as scratch, _stop_flag() as stop_asked:
         waiting = list(enumerate(commands))
@@ -145,8 +166,9 @@ def run_children(
             stopping = stop_asked() or any(o.code for o in outcomes.values())
             while waiting and free and not stopping:
                 (number, command), slot = waiting.pop(0), free.pop(0)
-                log, status_dir = run / f"log-{folds[number]}.txt", Path(scratch) / str(number)
-                running[number] = _start(command, log, status_dir, threads, slot if gpu_each else None), slot
+                output = run / f"log-{folds[number]}.txt" if log else None
+                status_dir, gpu = Path(scratch) / str(number), slot if gpu_each else None
+                running[number] = _start(command, output, status_dir, threads, gpu), slot
             if stopping:
                 waiting.clear()
                 _terminate([child for child, _ in running.values()])
@@ -157,11 +179,11 @@ def run_children(
                     free.append(slot)
             _show(run, folds, show)
             time.sleep(_POLL_SECONDS)
-        _raise_outcome(outcomes, run, folds, interrupted=stop_asked())
+        _raise_outcome(outcomes, run, folds, interrupted=stop_asked(), log=log)
 
 
 def _start(
-    command: Sequence[str], log: Path, status_dir: Path, threads: int, gpu: int | None
+    command: Sequence[str], log: Path | None, status_dir: Path, threads: int, gpu: int | None
 ) -> subprocess.Popen[bytes]:
     status_dir.mkdir()
     environment = {k: v for k, v in os.environ.items() if k not in _OPERATOR and not k.startswith("PET_")}
@@ -170,12 +192,12 @@ def _start(
         # Only some of the machine's GPUs may be ours: the children share what this process sees.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
-    with log.open("ab") as output:
+    with log.open("ab") if log else contextlib.nullcontext() as output:
         return subprocess.Popen(
             list(command),
             env=environment,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT if log else None,
             stdin=subprocess.DEVNULL,
             # Ctrl-C reaches this process alone, which then tells the children in its own way ...
             start_new_session=True,
@@ -227,7 +249,7 @@ def _show(run: Path, folds: Sequence[int], show: Callable[[status.Progress], Non
 
 
 def _raise_outcome(
-    outcomes: Mapping[int, status.Outcome], run: Path, folds: Sequence[int], *, interrupted: bool
+    outcomes: Mapping[int, status.Outcome], run: Path, folds: Sequence[int], *, interrupted: bool, log: bool
 ) -> None:
     # Children that were stopped because another failed say 143: they aren't the cause.
     failed = {n: o for n, o in outcomes.items() if o.code not in (0, Preempted.exit_code)}
@@ -239,9 +261,11 @@ def _raise_outcome(
     if interrupted:
         raise Preempted(saved[0] if saved else "stopped before training began; run again to go on")
     for number, outcome in failed.items():
-        log = run / f"log-{folds[number]}.txt"
-        what = outcome.message or _tail(log)
-        raise LesionflowError(f"training failed with exit code {outcome.code}: {what}; see {log}")
+        what = outcome.message
+        if log:
+            output = run / f"log-{folds[number]}.txt"
+            what = f"{what or _tail(output)}; see {output}"
+        raise LesionflowError(f"training failed with exit code {outcome.code}: {what or 'see the log above'}")
     if saved:
         raise Preempted(saved[0])
 

@@ -239,6 +239,18 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def _lost_peer(error: BaseException) -> bool:
+    """Whether a collective operation failed because another rank is gone: its own end is the cause, not ours.
+
+    The backends have no common error for it, so their texts decide (gloo, NCCL, the rendezvous store).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
+        return False
+    signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
+             "Timed out waiting", "Application timeout", "remote process exited", "NCCL", "Socket Timeout")  # fmt: skip
+    return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Worker entry: exit code as in `lesionflow.errors`, reported to the parent through `status`."""
     parser = argparse.ArgumentParser(prog="lesionflow.training.run", description=__doc__.splitlines()[0])
@@ -254,6 +266,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(error.exit_code, message)
         return error.exit_code
     except BaseException as error:
+        if _lost_peer(error):
+            print(f"lost another rank: {error}", file=sys.stderr)  # noqa: T201
+            report(Preempted.exit_code, "lost another rank; start again to go on from the last checkpoint")
+            return Preempted.exit_code
         report(1, f"{type(error).__name__}: {error}")
         raise
     report(0)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from double.server import Double
+
 from lesionflow.cluster.api import Api
 from lesionflow.cluster.settings import Settings
 

@@ -74,6 +74,9 @@ def admit(kind: Kind, obj: Object, namespace: Object | None, around: Sequence[Ob
         obj.setdefault("status", {"phase": "Pending"})
         if why := _over_quota(kind, obj, around):
             raise answers.forbidden(kind, obj["metadata"]["name"], why)
+    if kind.kind == "ResourceQuota":
+        hard = obj.get("spec", {}).get("hard", {})
+        obj.setdefault("status", {"hard": hard, "used": dict.fromkeys(hard, "0")})
     if kind.kind == "Namespace":
         obj["metadata"].setdefault("labels", {})["kubernetes.io/metadata.name"] = obj["metadata"]["name"]
         obj.setdefault("status", {"phase": "Active"})

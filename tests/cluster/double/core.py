@@ -44,6 +44,7 @@ class Kind:
     """By served version."""
     columns: tuple[dict[str, Any], ...] = field(default=(), hash=False, compare=False)
     core: bool = False
+    categories: tuple[str, ...] = ()
 
     @property
     def api_version(self) -> str:
@@ -88,6 +89,8 @@ HorizontalPodAutoscaler V2HorizontalPodAutoscaler autoscaling/v2 horizontalpodau
 SelfSubjectAccessReview V1SelfSubjectAccessReview authorization.k8s.io/v1 selfsubjectaccessreviews -
 """
 """Kind, model, apiVersion, plural, short name, `+` with a status subresource, `-` cluster-wide."""
+_ALL = ("Pod", "Service", "Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "Job", "CronJob")
+"""What `kubectl get all` means."""
 _UNSCHEMED = (
     Kind("ServingRuntime", "serving.kserve.io", "v1alpha1", "servingruntimes"),
     Kind("ClusterServingRuntime", "serving.kserve.io", "v1alpha1", "clusterservingruntimes", namespaced=False),
@@ -250,6 +253,7 @@ def core_kinds() -> list[Kind]:
                 "+" in rest,
                 _Lazy(version, name),
                 core=True,
+                categories=("all",) if kind in _ALL else (),
             )
         )
     return made
@@ -292,6 +296,7 @@ def custom_kind(path: Path) -> Kind:
         "status" in (stored.get("subresources") or {}),
         schemas,
         tuple(stored.get("additionalPrinterColumns") or ()),
+        categories=tuple(names.get("categories") or ()),
     )
 
 

@@ -89,7 +89,8 @@ def _resources(double: Double, group: str, version: str) -> Object:
             continue
         base = {"singularName": kind.kind.lower(), "namespaced": kind.namespaced, "kind": kind.kind}
         verbs = ["create"] if kind.kind == "SelfSubjectAccessReview" else _ALL_VERBS
-        short = {"shortNames": list(kind.short)} if kind.short else {}
+        short: Object = {"shortNames": list(kind.short)} if kind.short else {}
+        short |= {"categories": list(kind.categories)} if kind.categories else {}
         listed.append({"name": kind.plural, **base, "verbs": verbs, **short, "storageVersionHash": ""})
         if kind.status:
             listed.append({"name": f"{kind.plural}/status", **base, "verbs": ["get", "patch", "update"]})

@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import yaml
 
-from double import admission, answers, discovery, logs, patches, tables
+from double import admission, answers, discovery, logs, patches, protobuf, tables, watches
 from double.answers import Refused
 from double.core import Kind
 from double.store import Object, Store
@@ -132,7 +132,9 @@ class Handler(BaseHTTPRequestHandler):
                 raise answers.not_found(self.kind, self.name)
             self._send_object(found)
         elif _yes(self.query.get("watch")):
-            self._watch()
+            self._stream(
+                watches.lines(self.double, self.kind, self.namespace, self.query, self._shown), "application/json"
+            )
         else:
             with self.store.changed:
                 items = self._listed()
@@ -142,59 +144,20 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self._send_list(items, version)
 
+    def _shown(self, obj: Object) -> Object:
+        if tables.wanted(self.headers.get("Accept", "")):
+            return tables.table(self.kind, [obj], "", head=False)
+        return self._converted(obj)
+
     def _listed(self) -> list[Object]:
         labels, fields = self.query.get("labelSelector", ""), self.query.get("fieldSelector", "")
         return self.store.list(self.kind.kind, self.namespace or None, labels, fields)
-
-    def _watch(self) -> None:
-        """Changes as lines of JSON, from a resourceVersion on or after what is there now."""
-        fits = answers.matcher(self.query.get("labelSelector", ""), self.query.get("fieldSelector", ""))
-        until = time.monotonic() + float(self.query.get("timeoutSeconds") or 3600)
-        since = self.query.get("resourceVersion") or "0"
-        with self.store.changed:
-            at = len(self.store.history)
-            first = self._listed() if since == "0" else []
-            if since != "0":
-                at = next((i for i, c in enumerate(self.store.history) if c.version > int(since)), at)
-        as_table = tables.wanted(self.headers.get("Accept", ""))
-
-        def line(type: str, obj: Object) -> bytes:
-            body = tables.table(self.kind, [obj], "", head=False) if as_table else self._converted(obj)
-            return json.dumps({"type": type, "object": body}).encode() + b"\n"
-
-        def changes() -> Iterable[bytes]:
-            position = at
-            for obj in first:
-                yield line("ADDED", obj)
-            if _yes(self.query.get("sendInitialEvents")):
-                marks = {"annotations": {"k8s.io/initial-events-end": "true"}, "resourceVersion": self.store.version}
-                bookmark = {"apiVersion": self._api_version(), "kind": self.kind.kind, "metadata": marks}
-                yield json.dumps({"type": "BOOKMARK", "object": bookmark}).encode() + b"\n"
-            while time.monotonic() < until and not self.double.stopping.is_set():
-                with self.store.changed:
-                    if position == len(self.store.history):
-                        self.store.changed.wait(min(0.5, max(0.0, until - time.monotonic())))
-                    news = self.store.history[position:]
-                    position += len(news)
-                for change in news:
-                    kind, namespace, _ = change.key
-                    if kind != self.kind.kind or (self.namespace and namespace != self.namespace):
-                        continue
-                    now, before = fits(change.obj), change.old is not None and fits(change.old)
-                    if change.type == "DELETED" and now:
-                        yield line("DELETED", change.obj)
-                    elif change.type != "DELETED" and (now or before):
-                        yield line(("MODIFIED" if before else "ADDED") if now else "DELETED", change.obj)
-                if not news:
-                    yield b""
-
-        self._stream(changes(), "application/json")
 
     def _post(self) -> None:
         body = self._body()
         self._expect_kind(body)
         if self.kind.kind == "SelfSubjectAccessReview":
-            spec = admission.checked(self.kind, {"metadata": {"name": "none"}, **body})["spec"]
+            spec = admission.checked(self.kind, {**body, "metadata": {"name": "none"}})["spec"]
             self._send(discovery.review(self.double, body, spec), 201)
             return
         if self.kind.status:
@@ -288,6 +251,8 @@ class Handler(BaseHTTPRequestHandler):
         self._send({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details})
 
     def _body(self) -> Any:
+        if protobuf.MEDIA_TYPE in self.headers.get("Content-Type", ""):
+            return protobuf.decode(self.raw)
         try:
             # JSON is YAML; the C loader makes no difference between them worth a second path.
             return yaml.load(self.raw, Loader=yaml.CSafeLoader) if b"\t" not in self.raw else json.loads(self.raw)

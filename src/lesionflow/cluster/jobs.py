@@ -53,8 +53,8 @@ API_PATIENCE = 120.0
 """Seconds the cluster's API may be away while a job is watched: the job itself doesn't need it."""
 IDLE_PATIENCE = 120.0
 """Seconds in which an operator must have made a pod, or said why not."""
-VERDICT_PATIENCE = 15.0
-"""Seconds an operator has to fail a job of which a node ended with a permanent exit code."""
+VERDICT_PATIENCE = 4.0
+"""Seconds an operator has to fail a job of which a node ended with a permanent exit code; some never do."""
 REMOVAL = 240.0
 """Seconds an old job has to go: its pods have 90 to save their work."""
 SETTINGS = "lesionflow/settings"
@@ -201,8 +201,9 @@ class Watch:
                     break
                 yield from self._drain(POLL)
             deadline = time.monotonic() + 5.0
-            for log in self._logs.values():
-                log.join(max(0.0, deadline - time.monotonic()))
+            for uid, log in self._logs.items():
+                if ended_of(self._known[uid]):
+                    log.join(max(0.0, deadline - time.monotonic()))
             yield from self._drain(0)
         finally:
             for log in self._logs.values():
@@ -231,7 +232,7 @@ class Watch:
             yield from self._once(("suspended", ""), f"job {self.name} is suspended: it starts once its queue lets it")
         elif self.phase not in ENDED:
             if condemned(pods, manifests.PERMANENT) and self._lasts(("verdict", ""), VERDICT_PATIENCE):
-                self.phase = "Failed"  # Some operators only ever restart.
+                self.phase = "Failed"
                 return
             yield from self._look_for_trouble()
 

@@ -83,7 +83,6 @@ def read(of):
             if time.monotonic() > deadline:
                 fail("volume %s does not show what node-%d wrote into it" % (volume, of))
             time.sleep(0.2)
-    seen["volumes"] = [os.path.basename(v) for v in volumes]
 
 def say(connection, text):
     connection.sendall((token + " " + text + "\\n").encode())

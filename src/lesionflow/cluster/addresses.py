@@ -1,0 +1,69 @@
+"""Where a service answers, from inside a cluster and from outside, and which bundle answers there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+Object = dict[str, Any]
+
+
+def service_url(live: Object) -> str | None:
+    """The address of a service, None while it has none.
+
+    Inside a cluster it is the local one (`status.address`), which needs no ingress, no public name and no
+    login; from outside it is `status.url`, which the ingress must serve to you. Older KServe appends a
+    prediction's path to the local one, newer ones may put a path of their own before every service's.
+    """
+    status = live.get("status") or {}
+    local, public = (status.get("address") or {}).get("url"), status.get("url")
+    url = (local or public) if _inside() else (public or local)
+    return re.sub(r"/v[12]/models/[^/]*(:predict|/infer)$", "", url).rstrip("/") if url else None
+
+
+def revision_url(live: Object) -> str | None:
+    """The newest revision's own address, None until it takes requests."""
+    part = ((live.get("status") or {}).get("components") or {}).get("predictor") or {}
+    for target in part.get("traffic") or []:
+        if target.get("latestRevision") and target.get("url") and newest_is_ready(live):
+            local = (part.get("address") or {}).get("url")
+            if _inside() and local:
+                parts = urlsplit(local)
+                return f"{parts.scheme}://{target['tag']}-{parts.netloc}"
+            return str(target["url"]).rstrip("/")
+    return None
+
+
+def newest_is_ready(live: Object) -> bool:
+    part = ((live.get("status") or {}).get("components") or {}).get("predictor") or {}
+    return bool(part.get("latestCreatedRevision")) and part.get("latestCreatedRevision") == part.get(
+        "latestReadyRevision"
+    )
+
+
+def served_bundle(url: str, model: str) -> tuple[str | None, str]:
+    """The version of the bundle behind an address, and that in words.
+
+    The version is "" if something else answers, None if nothing does.
+    """
+    try:
+        request = urllib.request.Request(f"{url}/v2/models/{quote(model, safe='')}")  # noqa: S310 - the cluster's own
+        with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
+            version = str(json.load(answer)["parameters"]["bundle"])
+            return version, f"{url} answers with bundle {version}"
+    except urllib.error.HTTPError as error:
+        return "", f"{url} answers {error.code}"
+    except (ValueError, KeyError, TypeError):
+        return "", f"{url} is no lesionflow service"
+    except OSError as error:
+        return None, str(getattr(error, "reason", None) or error)
+
+
+def _inside() -> bool:
+    """Whether this process runs in a pod: Kubernetes gives every one this variable."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ

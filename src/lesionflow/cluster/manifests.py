@@ -182,14 +182,15 @@ def train_job(place: Place, name: str, command: Sequence[str], *, nodes: int | N
     return _object("trainer.kubeflow.org/v1alpha1", "TrainJob", place, name, {"spec": spec})
 
 
-def inference_service(place: Place, *, name: str = "") -> Object:
+def inference_service(place: Place, *, name: str = "", version: str = "") -> Object:
     """The KServe service of a run, in the form its settings ask for.
 
-    Everything it reads lies in the run's `serving/` folder on the models volume, which KServe's storage
-    initialiser makes visible under /mnt/models: that works in both modes and needs no Knative flag.
+    Everything it reads lies in the run's `serving/<version>` folder on the models volume, which KServe's
+    storage initialiser makes visible under /mnt/models: that works in both modes and needs no Knative flag.
+    A folder for each version, because only a changed spec makes new pods, and old pods may start again.
     """
     serving, image = place.settings.serving, place.settings.image
-    folder = f"pvc://{place.claim('models')}/{place.run_in_claim}/serving"
+    folder = f"pvc://{place.claim('models')}/{place.run_in_claim}/serving" + (f"/{version}" if version else "")
     environment = {"STORAGE_URI": folder, "HOME": "/tmp", "PYTHONUNBUFFERED": "1"}  # noqa: S108
     if not image.packaged:
         environment["PYTHONPATH"] = "/mnt/models/packages"
@@ -203,6 +204,7 @@ def inference_service(place: Place, *, name: str = "") -> Object:
         "readinessProbe": {"httpGet": {"path": "/v2/health/ready", "port": PORT}, "periodSeconds": 2},
         "resources": _resources(serving.cpu, serving.memory),
         "securityContext": _CONTAINER_SECURITY,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108
     }
     ours: Object = {

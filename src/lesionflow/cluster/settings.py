@@ -164,8 +164,9 @@ class Settings:
         ):
             if not _SIZE.fullmatch(size):
                 raise UsageError(f"{where}: {field} must be a quantity like 8Gi or 500m, got {size!r}")
-        for field, name in (("serving.name", serving.name), ("kaggle_secret", settings.kaggle_secret)):
-            _check_label(name, f"{where}: {field}", 50)
+        _check_label(settings.kaggle_secret, f"{where}: kaggle_secret", 50)
+        # "-candidate" and KServe's "-transformer" follow it, and the whole may have 63 letters.
+        _check_label(serving.name, f"{where}: serving.name", 40)
         if not volumes.mount.startswith("/"):
             raise UsageError(f"{where}: volumes.mount must be an absolute path, got {volumes.mount!r}")
         parse_selector(job.node_selector, f"{where}: job.node_selector")

@@ -8,7 +8,7 @@ goes. Conflicts are found between appliers; fields that others wrote without app
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from double.schemas import Schema
@@ -117,33 +117,26 @@ def fields(applied: Any, schema: Schema | None, at: Path = ()) -> Iterator[tuple
         yield at, applied
 
 
-def remove(obj: Any, path: Path) -> None:
-    """Take one field out, and what becomes empty above it."""
-    *way, last = path
-    trail = [obj]
-    for step in way:
-        inner = _step(trail[-1], step)
-        if inner is None:
-            return
-        trail.append(inner)
-    if isinstance(trail[-1], dict):
+def remove(obj: Any, gone: Iterable[Path]) -> None:
+    """Take fields out, and what becomes empty above them; a list's item goes with its key, if nothing else is left."""
+    for path in sorted(gone, key=lambda path: (-len(path), _is_key(path))):
+        *way, last = path
+        trail = [obj]
+        for step in way:
+            trail.append(_step(trail[-1], step))
+        if trail[-1] is None or (_is_key(path) and not set(trail[-1]) <= {k for k, _ in path[-2]}):
+            continue
         trail[-1].pop(last, None)
-    for i in range(len(way) - 1, -1, -1):
-        step, holder, inner = way[i], trail[i], trail[i + 1]
-        # Of a list's item only its key may be left: then nobody holds the item any more.
-        if isinstance(step, tuple):
-            if set(inner) <= {k for k, _ in step}:
+        if _is_key(path):
+            trail[-1].clear()
+        for i in range(len(way) - 1, -1, -1):
+            step, holder, inner = way[i], trail[i], trail[i + 1]
+            if inner:
+                break
+            if isinstance(step, tuple):
                 holder.remove(inner)
-        elif not inner:
-            del holder[step]
-
-
-def value_at(obj: Any, path: Path) -> Any:
-    for step in path:
-        obj = _step(obj, step)
-        if obj is None:
-            return None
-    return obj
+            else:
+                del holder[step]
 
 
 def dotted(path: Path) -> str:
@@ -151,6 +144,10 @@ def dotted(path: Path) -> str:
     return "".join(
         "[" + ",".join(f'{k}="{v}"' for k, v in step) + "]" if isinstance(step, tuple) else f".{step}" for step in path
     )
+
+
+def _is_key(path: Path) -> bool:
+    return len(path) > 1 and isinstance(path[-2], tuple) and path[-1] in dict(path[-2])
 
 
 def _step(value: Any, step: Any) -> Any:

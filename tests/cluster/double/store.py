@@ -180,9 +180,8 @@ class Store:
             made = patches.apply(old, body, schema) if old else {**obj, **body}
             made |= {"apiVersion": kind.api_version, "kind": kind.kind}
             elsewhere = {p for other, fields in owned.items() if other != manager for p in fields}
-            for gone in sorted(set(others.get(manager, {})) - set(mine) - elsewhere, key=len, reverse=True):
-                made = copy.deepcopy(made)
-                patches.remove(made, gone)
+            made = copy.deepcopy(made)
+            patches.remove(made, set(others.get(manager, {})) - set(mine) - elsewhere)
             if old is None:
                 stored = self.create(made, namespace, dry_run=dry_run, loose=loose)
             else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ _MODE = "serving.kserve.io/deploymentMode"
 _TAGS = "serving.kserve.io/enable-tag-routing"
 _SPLIT = ("canaryTrafficPercent", "minReplicas", "maxReplicas")
 _CONTAINER = "kserve-container"
+_DRAIN = 1.0
+"""Seconds an old revision's pods stay after their last new connection."""
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Revision:
     transformer: int = 0
     pods: dict[str, str] = field(default_factory=dict)
     """Component -> pod."""
+    left: float = 0.0
+    """When traffic left it, by the monotonic clock; 0 while it has some."""
 
     @property
     def port(self) -> int:
@@ -98,12 +103,15 @@ class InferenceServices(Operator):
         shares = self._shares(obj, service, serverless)
         service.front.route([(r.port, percent) for r, percent in shares])
         kept = {latest.number, *(r.number for r, _ in shares)}
-        for revision in service.revisions[:-1]:
-            if revision.number not in kept:
+        for revision in service.revisions:
+            if revision.number in kept:
+                revision.left = 0.0
+            elif not revision.left:
+                revision.left = time.monotonic()
+            elif time.monotonic() - revision.left > _DRAIN:
                 for pod in revision.pods.values():
-                    if pod in pods and "deletionTimestamp" not in pods[pod]["metadata"]:
-                        self.store.delete("Pod", namespace_of(obj), pod)
-        service.revisions = [r for r in service.revisions if r.number in kept]
+                    self.store.delete("Pod", namespace_of(obj), pod)
+        service.revisions = [r for r in service.revisions if not r.left or time.monotonic() - r.left <= _DRAIN]
         for component, pod in latest.pods.items():
             if pod not in pods:  # A deployment replaces a lost pod.
                 self._pod(obj, latest, component, pod)

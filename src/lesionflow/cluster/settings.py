@@ -20,10 +20,12 @@ import tomli_w
 
 from lesionflow.errors import UsageError
 from lesionflow.fields import bound, build, override_all, read_toml
-from lesionflow.keys import digest
+from lesionflow.keys import code_version, digest
 
 LAUNCHERS = ("auto", "trainjob", "pytorchjob", "local")
-_SIZE = re.compile(r"[1-9]\d*(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
+# The whole package: another version of it gets another environment.
+_ROOMS = ("", "cluster", "data", "evaluation", "export", "models", "serving", "training")
+_SIZE = re.compile(r"(0\.\d*[1-9]|[1-9]\d*(\.\d+)?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
 _LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 
 
@@ -150,7 +152,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "settings") -> Settings:
-        settings = build(cls, values, where)
+        settings = build(cls, _with_quantities(values), where)
         volumes, job, serving = settings.volumes, settings.job, settings.serving
         for field, size in (
             ("volumes.data", volumes.data),
@@ -222,7 +224,8 @@ class Place:
     def environment(self) -> str:
         """The virtual environment on the models volume that stands on the image's own packages."""
         image = self.settings.image
-        return f"{self.path('models')}/environments/{digest([image.train, image.index])[:12]}"
+        parts = [image.train, image.index, code_version(_ROOMS)]
+        return f"{self.path('models')}/environments/{digest(parts)[:12]}"
 
     def job_name(self, key: str) -> str:
         """The training job's name: another recipe or data set gives another job."""
@@ -254,6 +257,19 @@ def parse_tolerations(text: str, where: str = "tolerations") -> list[dict[str, s
             else {"key": key, "operator": "Exists", "effect": effect}
         )
     return found
+
+
+def _with_quantities(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`job.cpu=4` means the quantity "4", as in a manifest."""
+    return {
+        section: {
+            name: str(value) if name in ("cpu", "memory") and type(value) in (int, float) else value
+            for name, value in fields.items()
+        }
+        if isinstance(fields, Mapping)
+        else fields
+        for section, fields in values.items()
+    }
 
 
 def _check_label(name: str, what: str, longest: int) -> None:

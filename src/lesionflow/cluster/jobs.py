@@ -242,6 +242,9 @@ class Watch:
             if (before := self._current.get(node)) is not None:
                 if before in self._logs:
                     self._logs[before].join(2.0)
+                    self._known[before] = (
+                        self._logs[before].pod if ended_of(self._logs[before].pod) else self._known[before]
+                    )
                 yield from self._drain(0)
                 yield f"[node-{node}] restarted ({self._how(before)})"
             self._current[node] = uid

@@ -19,7 +19,7 @@ from lesionflow.errors import ClusterError
 
 Object = dict[str, Any]
 
-OVERLAP = 2
+OVERLAP = 1
 """Seconds before the last line that are read again: a container's two outputs may be written out of order."""
 PAUSE = 0.5
 """Seconds between two attempts."""
@@ -33,6 +33,8 @@ class PodLog(threading.Thread):
     def __init__(self, api: Api, pod: Object, container: str, lines: queue.SimpleQueue[str]) -> None:
         super().__init__(daemon=True, name=f"log of {pod['metadata']['name']}")
         self.node = node_of(pod)
+        self.pod = pod
+        """As last seen: the end of a log is the first to know how its pod ended."""
         self.error = ""
         """The last line so far in which the program said what ended it."""
         self._api, self._name, self._uid = api, pod["metadata"]["name"], pod["metadata"]["uid"]
@@ -52,7 +54,10 @@ class PodLog(threading.Thread):
             except ClusterError:
                 complete = False  # The API is away for a moment, which says nothing about the pod.
             else:
-                if pod is None or pod["metadata"]["uid"] != self._uid or (complete and ended_of(pod)):
+                if pod is None or pod["metadata"]["uid"] != self._uid:
+                    return
+                self.pod = pod
+                if complete and ended_of(pod):
                     return
             self._stopped.wait(PAUSE)
 

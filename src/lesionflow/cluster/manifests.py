@@ -224,9 +224,12 @@ def inference_service(place: Place, *, name: str = "", version: str = "") -> Obj
             "protocolVersion": "v2",
             "storageUri": f"{folder}/triton",
             "resources": _resources(serving.cpu, serving.memory, serving.gpus),
+            # Older KServe's runtime says nothing of security; Triton itself wants a writable root file system.
+            "securityContext": {k: v for k, v in _CONTAINER_SECURITY.items() if k != "readOnlyRootFilesystem"},
         }
         # KServe adds --predictor_host, --model_name and --http_port to a transformer's arguments.
-        spec = {"predictor": {"model": triton, "minReplicas": serving.replicas}, "transformer": ours}
+        predictor = {"model": triton, "minReplicas": serving.replicas, "securityContext": _pod_security(place)}
+        spec = {"predictor": predictor, "transformer": ours}
     if serving.canary and serving.mode == "serverless":
         spec["predictor"]["canaryTrafficPercent"] = serving.canary
     made = _object("serving.kserve.io/v1beta1", "InferenceService", place, name or serving.name, {"spec": spec})

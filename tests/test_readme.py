@@ -43,7 +43,7 @@ def test_the_step_by_step_commands_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", sorted({c for c in commands(README) if c.startswith("lesionflow")}))
 def test_every_command_in_the_readme_exists_with_its_options(command: str) -> None:
     words = shlex.split(command)[1:]
-    depth = 2 if words[0] in ("data", "pipeline") else 1
+    depth = 2 if words[0] in ("data", "pipeline", "cluster") else 1
     result = CliRunner().invoke(app, [*words[:depth], "--help"])
     assert result.exit_code == 0, result.output
     text = re.sub(r"[^\w-]+", " ", result.output)

@@ -10,12 +10,25 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from lesionflow import __version__
+from lesionflow.cluster.commands import cluster_app, pipeline_app
 from lesionflow.errors import DataError, LesionflowError, UsageError, explain_missing
+from lesionflow.options import (
+    BundleArgument,
+    DataOption,
+    JsonOption,
+    QuietOption,
+    RecipeArgument,
+    RunArgument,
+    RunOption,
+    SetOption,
+    load_recipe,
+    print_json,
+)
 
 app = typer.Typer(
     name="lesionflow",
@@ -27,20 +40,9 @@ app = typer.Typer(
     add_completion=True,
 )
 data_app = typer.Typer(help="Fetch, make, check, prepare and split data.", no_args_is_help=True)
-pipeline_app = typer.Typer(help="The same job as a Kubeflow pipeline.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(pipeline_app, name="pipeline")
-
-RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a .toml file.", metavar="RECIPE")]
-DataOption = Annotated[Path, typer.Option("--data", help="Data set directory in the competition's layout.")]
-RunOption = Annotated[Path, typer.Option("--out", help="Run directory; an existing one is continued.")]
-RunArgument = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")]
-BundleArgument = Annotated[Path, typer.Argument(help="Bundle directory.", metavar="BUNDLE")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a recipe field, e.g. training.epochs=5; repeatable.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+app.add_typer(cluster_app, name="cluster")
 
 
 def _version(asked: bool) -> None:
@@ -83,7 +85,7 @@ def run(
 
     with TrainingBars(not quiet) as bars:
         steps.run_all(
-            _load(recipe, set_), data, out,
+            load_recipe(recipe, set_), data, out,
             processes=processes, jobs=jobs, incumbent=incumbent, keep_serving=serve_on,
             tell=bars.tell, show=bars.show, progress=not quiet,
         )  # fmt: skip
@@ -118,7 +120,7 @@ def train(
         raise UsageError("train: give RECIPE and --data, or neither to train what was begun in --out")
     with TrainingBars(not quiet) as bars:
         if recipe is not None and data is not None:
-            planned = steps.begin(out, _load(recipe, set_), data)
+            planned = steps.begin(out, load_recipe(recipe, set_), data)
             steps.prepare(out, data, planned["prepare"], progress=not quiet)
             steps.split(out, planned["split"])
         planned = steps.planned(out)
@@ -138,7 +140,7 @@ def evaluate(run: RunArgument, as_json: JsonOption = False) -> None:
     planned = steps.planned(run)
     steps.stack(run, planned["stack"])
     metrics = steps.evaluate(run, planned["evaluate"])
-    _print_json(metrics) if as_json else print_summary(run)
+    print_json(metrics) if as_json else print_summary(run)
 
 
 @app.command()
@@ -202,7 +204,7 @@ def predict(
 
     result = predict_files(bundle, images, metadata=metadata, out=out, progress=not quiet, skip_corrupt=skip_corrupt)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     typer.echo(f"{result['out']}: {result['rows']:,} rows, {result['images_per_second']:,} images/s")
     for skipped in result["skipped"]:
@@ -227,7 +229,7 @@ def score(
 
     result = score_files(submission, truth, min_tpr=min_tpr, replicates=replicates)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     from lesionflow.progress import print_score
 
@@ -342,7 +344,7 @@ def ask(
     if (deployed := Path(url) / "deploy.json").exists():
         url = json.loads(deployed.read_text())["url"]
     answers = ask_service(url, images)
-    _print_json(answers) if as_json else print_answers(answers, top)
+    print_json(answers) if as_json else print_answers(answers, top)
 
 
 @app.command()
@@ -456,34 +458,6 @@ def data_split(
     typer.echo(f"{out}: {made.count} folds, hash {made.hash[:12]}")
 
 
-@pipeline_app.command("run")
-def pipeline_run(
-    recipe: RecipeArgument,
-    data: DataOption,
-    out: RunOption,
-    local: Annotated[bool, typer.Option("--local", help="Run here, each step a process (kfp.local).")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Processes per fold (torchrun).")] = 1,
-    set_: SetOption = None,
-) -> None:
-    """Run the pipeline on this machine, step by step as on a cluster.
-
-    Example: lesionflow pipeline run quick --local --data data --out runs/pipeline
-    """
-    if not local:
-        raise UsageError("pipeline run: only --local for now; a cluster's pipeline comes later")
-    from lesionflow.cluster.pipeline import run_local
-    from lesionflow.progress import print_summary
-
-    run_local(_load(recipe, set_), data, out, processes=processes)
-    print_summary(out)
-
-
-def _load(recipe: str, overrides: list[str] | None) -> Any:
-    from lesionflow.recipe import Recipe
-
-    return Recipe.load(recipe, overrides or [])
-
-
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -491,14 +465,12 @@ def _numbers(text: str) -> list[int]:
         raise typer.BadParameter(f"{text!r} is neither a fold number nor all", param_hint="--fold") from None
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
 def main() -> NoReturn:
     """Run the command line and end the process with the error table's exit code."""
+    from lesionflow.keys import share_files
     from lesionflow.training.status import report
 
+    share_files()
     debug = "--debug" in sys.argv[1:]
     try:
         app(standalone_mode=True)

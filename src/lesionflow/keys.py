@@ -24,6 +24,14 @@ from lesionflow import __version__
 from lesionflow.errors import DataError
 
 _CHUNK = 1 << 20
+UMASK = "LESIONFLOW_UMASK"
+"""Environment variable, octal: set where pods of several users write to one volume."""
+
+
+def share_files() -> None:
+    """Let others change what this process and its children write from now on, if `UMASK` asks for it."""
+    if asked := os.environ.get(UMASK):
+        os.umask(int(asked, 8))
 
 
 def digest(value: Any) -> str:
@@ -123,6 +131,14 @@ def mark_done(run: Path, step: str, key: str, outputs: Iterable[str], seconds: f
         "outputs": {name: tree_hash(run / name) for name in outputs},
     }
     write_json(run / "steps" / f"{step}.json", record)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that a step wrote. Raises `DataError` if it isn't there."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; run the step that writes it first") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,7 +16,6 @@ Everything is found in, and written to, the run directory:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
@@ -150,7 +149,7 @@ def planned(run: Path, *, incumbent: Path | None = None) -> dict[str, str]:
     """The keys of a run that was begun, as `begin` wrote them (the gate's may follow another incumbent)."""
     if incumbent is None:
         return keys.planned_keys(run)
-    begun = _json(run / "run.json")
+    begun = keys.read_json(run / "run.json")
     keyed = plan_keys(_recipe(run), begun["fingerprint"], _bundle_hash(incumbent))
     keys.write_json(run / "run.json", {**begun, "keys": keyed})
     return keyed
@@ -274,7 +273,7 @@ def evaluate(run: Path, key: str) -> dict[str, Any]:
             else:
                 keys.write_text(run / "metrics.csv", "")
             keys.write_json(run / "metrics.json", metrics)
-    return _json(run / "metrics.json")
+    return keys.read_json(run / "metrics.json")
 
 
 def gate(run: Path, key: str, *, incumbent: Path | None = None) -> dict[str, Any]:
@@ -289,12 +288,12 @@ def gate(run: Path, key: str, *, incumbent: Path | None = None) -> dict[str, Any
     with _step(run, "gate", key, lambda: ["gate.json", "report.html", "MODEL_CARD.md"]) as needed:
         if needed:
             paired = _paired(run, incumbent) if incumbent else None
-            result = gates.check(_json(run / "metrics.json"), recipe.gate, paired=paired)
+            result = gates.check(keys.read_json(run / "metrics.json"), recipe.gate, paired=paired)
             keys.write_json(run / "gate.json", result)
             _report(run, result)
             if not result["passed"]:
                 raise GateRefused("the gate refuses this model: " + "; ".join(result["reasons"]))
-    return _json(run / "gate.json")
+    return keys.read_json(run / "gate.json")
 
 
 def export(run: Path, key: str) -> Path:
@@ -315,7 +314,7 @@ def export(run: Path, key: str) -> Path:
             ]
             spec = preprocess_spec(recipe)
             rows = np.random.default_rng(0).choice(len(store), min(PARITY_LESIONS, len(store)), replace=False)
-            metrics = _json(run / "metrics.json")
+            metrics = keys.read_json(run / "metrics.json")
             info = {
                 "name": recipe.name,
                 "metrics": metrics,
@@ -379,7 +378,7 @@ def smoke(run: Path, url: str | None = None) -> dict[str, Any]:
     from lesionflow.serving.client import ask
     from lesionflow.serving.predictor import SMOKE_TOLERANCE
 
-    url = url or _json(run / "deploy.json")["url"]
+    url = url or keys.read_json(run / "deploy.json")["url"]
     bundle = Bundle.open(run / "bundle")
     stored = bundle.answers()
     started = time.monotonic()
@@ -406,7 +405,7 @@ def undeploy(run: Path) -> None:
 
     run = run.resolve()
     if (run / "deploy.json").exists():
-        local.stop(run / "bundle", _json(run / "deploy.json")["pid"])
+        local.stop(run / "bundle", keys.read_json(run / "deploy.json")["pid"])
         (run / "deploy.json").unlink(missing_ok=True)
 
 
@@ -432,7 +431,7 @@ def run_all(
         return keyed.get(step, "")
 
     prepare(run, data, stage("prepare"), progress=progress)
-    if skipped := _json(run / "store" / "store.json")["skipped"]:
+    if skipped := keys.read_json(run / "store" / "store.json")["skipped"]:
         first = ", ".join(skipped[:5])
         tell(f"left out {len(skipped)} lesions without a usable image: {first} (all in {run}/store/store.json)")
     split(run, stage("split"))
@@ -469,11 +468,11 @@ def _report(run: Path, gate_result: dict[str, Any]) -> None:
         "data": store.info,
         "synthetic": store.info["synthetic"],
         "data_licence": _licences(store),
-        "versions": _json(run / "run.json")["versions"],
+        "versions": keys.read_json(run / "run.json")["versions"],
         "gate": gate_result,
         "curves": pl.read_csv(run / "metrics.csv", infer_schema_length=None).to_dicts() if curves else [],
     }
-    metrics = _json(run / "metrics.json")
+    metrics = keys.read_json(run / "metrics.json")
     write_report(run / "report.html", metrics, pl.read_parquet(run / "oof.parquet"), context)
     write_card(run / "MODEL_CARD.md", metrics, context)
 
@@ -540,13 +539,6 @@ def _open(run: Path) -> tuple[Store, Folds]:
 
 def _recipe(run: Path) -> Recipe:
     return Recipe.load(run / "recipe.toml")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing; run the step that writes it first") from None
 
 
 def _versions() -> dict[str, str]:

@@ -125,9 +125,11 @@ def test_children_die_with_a_killed_parent(synthetic: Path, tmp_path: Path) -> N
 
 def test_both_operators_environments_are_read() -> None:
     v1 = {"MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "WORLD_SIZE": "2", "RANK": "1"}
-    assert Nodes.from_environment(v1) == Nodes(2, 1, "job-master-0", 23456)
+    assert Nodes.from_environment(v1) == Nodes(2, 1, "job-master-0", 23456, True)
     v2 = {"PET_NNODES": "3", "PET_NODE_RANK": "2", "PET_MASTER_ADDR": "job-node-0-0.job", "PET_MASTER_PORT": "29400"}
-    assert Nodes.from_environment(v2) == Nodes(3, 2, "job-node-0-0.job", 29400)
+    assert Nodes.from_environment(v2) == Nodes(3, 2, "job-node-0-0.job", 29400, True)
+    two_each = {**v1, "WORLD_SIZE": "4", "PET_NPROC_PER_NODE": "2"}
+    assert Nodes.from_environment(two_each) == Nodes(2, 1, "job-master-0", 23456, True)
     assert Nodes.from_environment({}) == Nodes()
     command = _torchrun(["RUN"], 2, Nodes(3, 2, "host", 29400))
     assert "--nnodes=3" in command

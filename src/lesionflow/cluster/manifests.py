@@ -27,6 +27,9 @@ RENDEZVOUS = 29500
 PERMANENT = (1, 2, 3, 4, 5, 126, 127)
 """Exit codes that no restart helps: a bug, and the table in `lesionflow.errors`; 143 and signals are retried."""
 VOLUMES = ("data", "logs", "models")
+SHARED = {"HOME": "/tmp", "PYTHONUNBUFFERED": "1", "LESIONFLOW_UMASK": "000"}  # noqa: S108
+"""Environment of every pod on the volumes. The pipeline's pods run as whatever their image says, the job's as our
+user, and storage drivers don't all honour fsGroup: so what one writes, all of the namespace's may change."""
 
 _WRITABLE = {"name": "tmp", "emptyDir": {}}
 _CONTAINER_SECURITY = {
@@ -263,10 +266,7 @@ def _pod(place: Place, container: str, command: Sequence[str], resources: bool) 
     node: Object = {
         "name": container,
         "image": settings.image.train,
-        "env": [
-            {"name": "HOME", "value": "/tmp"},  # noqa: S108
-            {"name": "PYTHONUNBUFFERED", "value": "1"},
-        ],
+        "env": [{"name": key, "value": value} for key, value in SHARED.items()],
         "securityContext": _CONTAINER_SECURITY,
         # The last lines of a failed container's log become its status' message: the cause, without a search.
         "terminationMessagePolicy": "FallbackToLogsOnError",

@@ -1,45 +1,256 @@
-"""What a pipeline component calls: one step, with its outcome reported to whoever started the process."""
+"""What a pipeline component calls: one step, with its outcome reported to whoever started the process.
+
+A failing step ends its process with the exit code of `lesionflow.errors`, which stops the pipeline;
+its cause stands in the component's log and in the run's failure.json, for `finish`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import math
+import os
 import sys
+import tomllib
+import uuid
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lesionflow import steps
-from lesionflow.errors import LesionflowError
+from lesionflow import keys, steps
+from lesionflow.cluster.settings import Place, Settings
+from lesionflow.errors import DataError, LesionflowError, UsageError
 from lesionflow.recipe import Recipe
 from lesionflow.training.status import report
 
-Keys = namedtuple("Keys", ["prepare", "split", "train", "stack", "evaluate", "gate", "export"])
+Tickets = namedtuple("Tickets", ["prepare", "split", "train", "stack", "evaluate", "gate", "export"])
+
+FAILURE = "failure.json"
+RECORD = "pipeline.json"
+ROC_POINTS = 200
 
 
-def begin(run: str, data: str, recipe: str) -> Any:
-    """Write the recipe into the run and return every step's content key."""
-    try:
-        import tomllib
+def fetch(data: str, source: str) -> str:
+    """See that the data set is there: from Kaggle, synthetic, or (with no source) what lies there already."""
+    from lesionflow.cluster.pipeline import KAGGLE_SECRET
+    from lesionflow.data.fetch import fetch as download
+    from lesionflow.data.synthetic import synthesize
 
-        return Keys(**steps.begin(Path(run), Recipe.from_dict(tomllib.loads(recipe)), Path(data)))
-    except LesionflowError as error:
-        _end(error)
+    with _step(None, "fetch"):
+        if source == "kaggle":
+            for held in Path(KAGGLE_SECRET).glob("KAGGLE_*"):
+                os.environ[held.name] = held.read_text().strip()
+            download(Path(data))
+        elif source == "synthetic":
+            if not (Path(data) / "truth.json").exists():
+                synthesize(Path(data), patients=60, lesions=2000, seed=1)
+        elif source:
+            raise UsageError(f"source {source!r}: not kaggle, synthetic or empty (for data that is there)")
+    return source or "there"
 
 
-def call(step: str, run: str, key: str | None = None, **options: Any) -> str:
-    """Run one of `steps`; ends the process with the error table's exit code if it fails."""
-    arguments: list[Any] = [Path(run)]
-    if "data" in options:
-        arguments.append(Path(options.pop("data")))
-    if key is not None:
-        arguments.append(key)
-    try:
-        getattr(steps, step)(*arguments, **options)
-    except LesionflowError as error:
-        _end(error)
+def begin(run: str, data: str, recipe: str, incumbent: str = "") -> Any:
+    """Write the recipe into the run and return every step's ticket.
+
+    A ticket is the content key and a mark of the work that satisfied it. While that work stands, the
+    mark stays the same and KFP may skip the step; once an output is gone or changed it is a new one,
+    so that no cache of KFP's outlives the files.
+    """
+    with _step(run, "begin"):
+        (Path(run) / FAILURE).unlink(missing_ok=True)
+        planned = steps.begin(
+            Path(run),
+            Recipe.from_dict(tomllib.loads(recipe)),
+            Path(data),
+            incumbent=Path(incumbent) if incumbent else None,
+        )
+        return Tickets(**{step: _ticket(Path(run), step, key) for step, key in planned.items()})
+
+
+def call(step: str, run: str, ticket: str, **options: Any) -> str:
+    """Run one of `steps` under its ticket."""
+    with _step(run, step):
+        arguments: list[Any] = [Path(run)]
+        if "data" in options:
+            arguments.append(Path(options.pop("data")))
+        getattr(steps, step)(*arguments, _key(ticket), **options)
+        _stamp(Path(run), step, ticket)
     return step
 
 
-def _end(error: LesionflowError) -> None:
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the component's log
-    report(error.exit_code, str(error))
-    sys.exit(error.exit_code)
+def train(run: str, ticket: str, processes: int, name: str, settings: str) -> str:
+    """Train here, or as a job on the cluster, which runs `lesionflow train` on the same volume."""
+    from lesionflow.progress import TrainingBars
+
+    place = _place(name, settings)
+    if place is not None and (logs := Path(place.path("logs"))).is_dir() and not (Path(run) / "events").exists():
+        # TensorBoard gets its own volume: it reads on while this one is full, and after it is gone.
+        (logs / name).mkdir(exist_ok=True)
+        (Path(run) / "events").symlink_to(logs / name)
+    if place is None or place.settings.job.launcher == "local":
+        with TrainingBars() as bars:
+            return call("train", run, ticket, processes=processes, show=bars.show)
+    from lesionflow.cluster import jobs
+    from lesionflow.cluster.api import Api
+
+    with _step(run, "train"):
+        if not keys.is_done(Path(run), "train", _key(ticket)):
+            command = [place.python, "-m", "lesionflow", "train", "--out", run]
+            command += ["--processes", str(place.settings.job.processes)]
+            jobs.train(Api.connect(place.settings), place, _key(ticket), command, tell=_tell)
+        if not keys.is_done(Path(run), "train", _key(ticket)):
+            raise DataError(f"{run}: the job succeeded, but its weights aren't here: does it see the same volume?")
+        _stamp(Path(run), "train", ticket)
+    return "train"
+
+
+def evaluate(run: str, ticket: str, metrics: Any, roc: Any) -> str:
+    """Evaluate, and hand the figures and the ROC curve to KFP's own pages."""
+    done = call("evaluate", run, ticket)
+    figures = keys.read_json(Path(run) / "metrics.json")
+    for name, value in flat_figures(figures).items():
+        metrics.log_metric(name, value)
+    roc.log_roc_curve(*_roc(Path(run) / "oof.parquet"))
+    return done
+
+
+def gate(run: str, ticket: str, incumbent: str, report: Any) -> str:
+    """The gate; the report becomes KFP's, also when the gate refuses."""
+    try:
+        return call("gate", run, ticket, incumbent=Path(incumbent) if incumbent else None)
+    finally:
+        if (written := Path(run) / "report.html").exists():
+            Path(report.path).parent.mkdir(parents=True, exist_ok=True)
+            Path(report.path).write_text(written.read_text())
+
+
+def deploy(run: str, name: str, settings: str) -> str:
+    """Serve the bundle here in the background, or as an InferenceService."""
+    place = _place(name, settings)
+    with _step(run, "deploy"):
+        if place is None:
+            return str(steps.deploy(Path(run))["url"])
+        from lesionflow.cluster import services
+        from lesionflow.cluster.api import Api
+
+        keys.require(Path(run), "export")
+        return str(services.deploy(Api.connect(place.settings), place, Path(run), tell=_tell)["url"])
+
+
+def smoke(run: str, name: str, settings: str) -> str:
+    """Ask the service about the reference lesions; on a cluster, promote the model or roll it back."""
+    place = _place(name, settings)
+    with _step(run, "smoke"):
+        if place is None:
+            steps.smoke(Path(run))
+            return "smoke"
+        from lesionflow.cluster import services
+        from lesionflow.cluster.api import Api
+
+        api = Api.connect(place.settings)
+        try:
+            steps.smoke(Path(run))
+        except LesionflowError:
+            services.settle(api, place, Path(run), passed=False)
+            raise
+        services.settle(api, place, Path(run), passed=True)
+    return "smoke"
+
+
+def finish(run: str, status: Any, name: str, settings: str, clean: bool) -> str:
+    """Record how the pipeline ended in the run's pipeline.json; if asked, remove its training job."""
+    folder = Path(run)
+    failure = keys.read_json(folder / FAILURE) if (folder / FAILURE).exists() else None
+    keys.write_json(
+        folder / RECORD,
+        {
+            "state": status.state,
+            "pipeline": status.pipeline_job_resource_name,
+            "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "failure": failure,
+        },
+    )
+    _tell(f"the pipeline ended: {status.state}" + (f"; {failure['step']}: {failure['message']}" if failure else ""))
+    if clean and (place := _place(name, settings)) is not None:
+        from lesionflow.cluster.api import Api
+        from lesionflow.cluster.manifests import selector
+
+        api = Api.connect(place.settings)
+        for kind in ("TrainJob", "PyTorchJob", "TrainingRuntime", "NetworkPolicy"):
+            for found in api.list(kind, selector(place.name)):
+                api.delete(kind, found["metadata"]["name"])
+                _tell(f"removed {kind} {found['metadata']['name']}")
+    return str(status.state)
+
+
+def flat_figures(metrics: Any, name: str = "") -> dict[str, float]:
+    """The figures of metrics.json that KFP can compare between runs: every `value`, and its interval's ends."""
+    if not isinstance(metrics, dict):
+        return {}
+    found: dict[str, float] = {}
+    if isinstance(value := metrics.get("value"), int | float):
+        found[name] = float(value)
+        interval = metrics.get("interval") or {}
+        found |= {f"{name}_{end}": interval[end] for end in ("low", "high") if isinstance(interval.get(end), float)}
+    for part, entry in metrics.items():
+        found |= flat_figures(entry, f"{name}_{part}".strip("_"))
+    return {key: figure for key, figure in found.items() if math.isfinite(figure)}
+
+
+def _roc(oof: Path) -> tuple[list[float], list[float], list[float]]:
+    """False and true positive rates and thresholds (the logit's sigmoid), thinned to what a plot shows."""
+    import numpy as np
+    import polars as pl
+
+    table = pl.read_parquet(oof, columns=["target", "logit"]).sort("logit", descending=True)
+    target, logit = table["target"].to_numpy(), table["logit"].to_numpy()
+    last = np.flatnonzero(np.append(np.diff(logit) != 0, True))
+    true, false = np.cumsum(target)[last], np.cumsum(1 - target)[last]
+    kept = np.unique(np.linspace(0, len(last) - 1, ROC_POINTS).astype(int))
+    scores = 1 / (1 + np.exp(-logit[last][kept]))
+    # KFP wants finite thresholds: the curve's start lies above every score.
+    rates = (np.append(0, false[kept] / max(1, false[-1])), np.append(0, true[kept] / max(1, true[-1])))
+    return rates[0].tolist(), rates[1].tolist(), np.append(1.0, scores).tolist()
+
+
+def _ticket(run: Path, step: str, key: str) -> str:
+    record = keys.read_record(run, step)
+    if record and record.get("ticket") and keys.is_done(run, step, key):
+        return str(record["ticket"])
+    return f"{key}.{uuid.uuid4().hex[:8]}"
+
+
+def _key(ticket: str) -> str:
+    return ticket.partition(".")[0]
+
+
+def _stamp(run: Path, step: str, ticket: str) -> None:
+    """Note in the step's record which ticket it satisfied."""
+    if record := keys.read_record(run, step):
+        keys.write_json(run / "steps" / f"{step}.json", {**record, "ticket": ticket})
+
+
+def _place(name: str, settings: str) -> Place | None:
+    return Place(name, Settings.from_dict(tomllib.loads(settings))) if settings else None
+
+
+@contextlib.contextmanager
+def _step(run: str | None, step: str) -> Iterator[None]:
+    """End the process with the error table's exit code if the step fails, its cause written where others look."""
+    keys.share_files()
+    try:
+        yield
+    except LesionflowError as error:
+        _tell(f"error: {error}")
+        report(error.exit_code, str(error))
+        if run is not None:
+            with contextlib.suppress(OSError):
+                keys.write_json(
+                    Path(run) / FAILURE, {"step": step, "exit_code": error.exit_code, "message": str(error)}
+                )
+        sys.exit(error.exit_code)
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - the component's log

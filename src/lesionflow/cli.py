@@ -236,7 +236,7 @@ def score(
     print_score(result)
 
 
-@app.command()
+@app.command(context_settings={"token_normalize_func": lambda option: option.replace("_", "-")})
 def serve(
     bundle: BundleArgument,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -245,26 +245,19 @@ def serve(
     ready_file: Annotated[
         Path | None, typer.Option(help="Written (JSON with the URL) once requests are taken.")
     ] = None,
-    model_name: Annotated[
-        str | None, typer.Option("--model-name", "--model_name", help="A second name for the model, in URLs.")
-    ] = None,
-    predictor_host: Annotated[
-        str | None,
-        typer.Option("--predictor-host", "--predictor_host", help="HOST[:PORT] of a Triton that runs the graph."),
-    ] = None,
-    predictor_timeout: Annotated[
-        float,
-        typer.Option("--predictor-timeout", "--predictor_request_timeout_seconds", min=0.1, help="Seconds to wait."),
-    ] = 30.0,
-    predictor_tls: Annotated[str, typer.Option("--predictor_use_ssl", hidden=True)] = "false",
-    predictor_protocol: Annotated[str, typer.Option("--predictor_protocol", hidden=True)] = "v2",
-    http_port: Annotated[int | None, typer.Option("--http_port", hidden=True)] = None,
-    workers: Annotated[int, typer.Option("--workers", hidden=True)] = 1,
+    model_name: Annotated[str | None, typer.Option(help="A second name for the model, in URLs.")] = None,
+    predictor_host: Annotated[str | None, typer.Option(help="HOST[:PORT] of a Triton that runs the graph.")] = None,
+    predictor_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for it.")] = 30.0,
+    predictor_request_timeout_seconds: Annotated[float | None, typer.Option(min=0.1, hidden=True)] = None,
+    predictor_use_ssl: Annotated[str, typer.Option(hidden=True)] = "false",
+    predictor_protocol: Annotated[str, typer.Option(hidden=True)] = "v2",
+    http_port: Annotated[int | None, typer.Option(hidden=True)] = None,
+    workers: Annotated[int, typer.Option(hidden=True)] = 1,
 ) -> None:
     """Serve a bundle on the Open Inference Protocol v2 (REST). Ctrl-C or SIGTERM drains and ends.
 
-    With --predictor-host it decodes and calibrates, and Triton runs the graph. KServe's spelling of
-    these options is understood, because it adds them to a transformer's command by itself.
+    With --predictor-host it decodes and calibrates, and Triton runs the graph. The options that KServe
+    adds to a transformer's command (--model_name, --predictor_host, --http_port, ...) are understood.
 
     Example: lesionflow serve runs/first/bundle --port 8080
     """
@@ -274,8 +267,8 @@ def serve(
         raise UsageError(f"--predictor_protocol {predictor_protocol}: v2 is the one that is spoken here")
     run_server(
         bundle, host=host, port=http_port or port, threads=threads, ready_file=ready_file, name=model_name,
-        predictor_host=predictor_host, predictor_timeout=predictor_timeout,
-        predictor_tls=predictor_tls.lower() in ("true", "1", "yes"),
+        predictor_host=predictor_host, predictor_timeout=predictor_request_timeout_seconds or predictor_timeout,
+        predictor_tls=predictor_use_ssl.lower() in ("true", "1", "yes"),
     )  # fmt: skip
 
 

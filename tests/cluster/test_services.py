@@ -287,7 +287,7 @@ def test_staging_is_complete_or_not_there(begin, tmp_path, models):
     assert sorted(p.name for p in folder.iterdir()) == ["bundle", "packages", "triton"]
     assert (folder / "packages/lesionflow.py").stat().st_ino == (packages / "lesionflow.py").stat().st_ino
     assert (folder / "triton/tiny/config.pbtxt").is_file()
-    assert folder.stat().st_mode & 0o777 == 0o755
+    assert folder.stat().st_mode & 0o055 == 0o055
     inode = folder.stat().st_ino
     assert staging.stage(place, run).stat().st_ino == inode, "what is there and verifies stays"
     (folder / "bundle/MODEL_CARD.md").write_text("tampered with")

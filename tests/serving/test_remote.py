@@ -130,7 +130,8 @@ def test_before_a_predictor_the_answers_are_those_of_the_bundle_alone(service, b
     expected = Predictor(bundle_dir).predict(images)
     address = service.url.removeprefix("http://")
     # As KServe writes it; the names with dashes are the same options.
-    with transformer(bundle_dir, "--model_name", "skin", "--predictor_host", address) as (url, process):
+    others = ["--workers", "4", "--predictor_use_ssl", "false", "--predictor_request_timeout_seconds", "600"]
+    with transformer(bundle_dir, "--model_name", "skin", "--predictor_host", address, *others) as (url, process):
         until(lambda: httpx.get(f"{url}/v2/health/ready").status_code == 200)
         for name in ("skin", "tiny"):
             answers = ask(url, [tmp_path], model=name)

@@ -213,9 +213,13 @@ def inference_service(place: Place, *, name: str = "", version: str = "") -> Obj
     ours: Object = {
         "containers": [container],
         "minReplicas": serving.replicas,
-        "securityContext": _pod_security(place),
         "volumes": [_WRITABLE],
     }
+    if serving.mode == "raw":
+        ours["securityContext"] = _pod_security(place)
+    else:
+        # Knative refuses a pod's security context, unless a flag is set; the container's own says enough.
+        container["securityContext"] = {**_CONTAINER_SECURITY, "runAsUser": place.settings.user}
     if image.pull_secret:
         ours["imagePullSecrets"] = [{"name": image.pull_secret}]
     if serving.form == "lesionflow":

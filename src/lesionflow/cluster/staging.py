@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
 
 from lesionflow.bundle import Bundle
@@ -33,9 +33,10 @@ def stage(place: Place, run: Path) -> Path:
             return folder
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".staging."))
+    # Not a private temporary folder: the service's pods, whose user may be another, have to read it.
+    work = folder.with_name(f".staging.{uuid.uuid4().hex}")
+    work.mkdir()
     try:
-        work.chmod(0o755)  # Read by the service's pods, whose user may be another.
         shutil.copytree(run / "bundle", work / "bundle")
         Bundle.open(work / "bundle")
         if place.settings.serving.form == "triton":

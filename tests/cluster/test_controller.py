@@ -99,10 +99,15 @@ def events(double: Double, name: str) -> list[tuple[str, str]]:
     return [(e["reason"], e["message"]) for e in found]
 
 
+# The first node ends last: a master's success ends the job, and cleaning up ends what still runs.
 SAY = """
-    import json, os
+    import json, os, pathlib, time
+    done = pathlib.Path("/mnt/lesionflow/models/done")
+    while os.environ["PET_NODE_RANK"] == "0" and not done.exists():
+        time.sleep(0.02)
     print(json.dumps({k: v for k, v in os.environ.items()
                       if k.startswith(("MASTER", "WORLD", "RANK", "PET_", "PYTHON", "JOB_COMPL"))}))
+    done.touch()
 """
 
 
@@ -156,7 +161,7 @@ def test_a_pytorch_job_runs_with_the_operators_labels_environment_and_conditions
     ]
     assert found["Succeeded"]["reason"] == "PyTorchJobSucceeded"
     status = double.store.get("PyTorchJob", "team", "first-1")["status"]  # type: ignore[index]
-    assert status["replicaStatuses"]["Worker"]["succeeded"] == 1
+    assert status["replicaStatuses"]["Master"]["succeeded"] == 1
     assert {"Scheduled", "Pulled", "Started"} <= {reason for reason, _ in events(double, "first-1-worker-0")}
     assert ("SuccessfulCreatePod", "Created pod: first-1-master-0") in events(double, "first-1")
     double.store.delete("PyTorchJob", "team", "first-1")
@@ -317,15 +322,15 @@ def test_a_permanent_code_fails_the_set_at_once(make: Make) -> None:
 
 
 def test_any_other_end_restarts_the_whole_set_up_to_its_limit(make: Make) -> None:
-    double, _ = make()
+    double, _ = make(grace=0.4)
     submit(
         double,
         "TrainJob",
         """
-        import os, pathlib, time
+        import os, signal, time
         rank = os.environ["PET_NODE_RANK"]
-        pathlib.Path(f"/mnt/lesionflow/logs/{rank}-{time.time()}").touch()
         if rank == "0":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(60)
         time.sleep(0.3)
         os._exit(143)
@@ -333,15 +338,23 @@ def test_any_other_end_restarts_the_whole_set_up_to_its_limit(make: Make) -> Non
         retries=2,
     )
     seen: set[str] = set()
-    double.store.subscribe(lambda _, o: seen.add(o["metadata"]["name"]) if o["kind"] == "Pod" else None)
+    together: set[frozenset[str]] = set()
+
+    def watch(_: str, obj: dict[str, Any]) -> None:
+        if obj["kind"] == "Pod":
+            seen.add(obj["metadata"]["name"])
+            key = "jobset.sigs.k8s.io/restart-attempt"
+            together.add(frozenset(p["metadata"]["labels"][key] for p in pods(double)))
+
+    double.store.subscribe(watch)
     until(lambda: has(double, "TrainJob", "Failed"), timeout=20)
     assert conditions(double, "TrainJob")["Failed"]["reason"] == "ReachedMaxRestarts"
     assert double.store.get("JobSet", "team", "first-1")["status"]["restarts"] == 2  # type: ignore[index]
     # Both nodes started three times, though only one ever failed.
     assert len([n for n in seen if "-node-0-0-" in n]) == 3
     assert len([n for n in seen if "-node-0-1-" in n]) == 3
-    attempts = {p["metadata"]["labels"]["jobset.sigs.k8s.io/restart-attempt"] for p in pods(double)}
-    assert attempts == {"2"}
+    # A new attempt waits for the last pod of the one before.
+    assert all(len(attempts) < 2 for attempts in together)
 
 
 def test_without_its_runtime_a_train_job_makes_nothing_but_an_event(make: Make) -> None:
@@ -454,6 +467,16 @@ def test_refused_pods_are_told_on_the_job(make: Make, kind: str) -> None:
     until(lambda: has(double, kind, "Succeeded" if kind == "PyTorchJob" else "Complete"))
 
 
+def test_an_unknown_service_account_is_refused_as_a_cluster_does(make: Make) -> None:
+    double, _ = make()
+    job = manifests.pytorch_job(place(service_account="pipeline-runner"), "first-1", python("pass"))
+    double.store.create(job)
+    told = until(lambda: [m for r, m in events(double, "first-1") if r == "FailedCreatePod"])
+    assert told[0].endswith(
+        'error looking up service account team/pipeline-runner: serviceaccount "pipeline-runner" not found'
+    )
+
+
 def test_a_command_that_is_not_there_fails_to_start(make: Make) -> None:
     double, _ = make()
     pod = bare("lost", "")
@@ -509,7 +532,8 @@ def test_claims_secrets_and_variables_reach_the_process(make: Make, tmp_path: Pa
     assert (tmp_path / "run/out.txt").read_text() == "t0ken-t0ken-$(NOBODY)-mounts"
     assert (tmp_path / "run/copy").read_bytes() == b"\x00wheel"
     home, models = (tmp_path / "run/home").read_text().split("|")
-    assert home != "/tmp" and not Path(home).exists()  # the pod's own, and gone with it
+    assert home != "/tmp"
+    until(lambda: not Path(home).exists(), "the pod's own /tmp goes with it")
     assert models == f"--in={tmp_path}:/mnt/models-not/x"
 
 
@@ -525,7 +549,7 @@ def test_logs_are_followed_through_the_api(make: Make, tmp_path: Path, monkeypat
 
 
 def test_deleting_a_pod_terminates_and_then_kills(make: Make, tmp_path: Path) -> None:
-    double, controller = make(grace=0.6)
+    double, controller = make(grace=1.5)
     # The child leaves its parent's process group; in a container that saves nobody.
     code = f"""
         import pathlib, signal, subprocess, sys, time
@@ -548,23 +572,45 @@ def test_deleting_a_pod_terminates_and_then_kills(make: Make, tmp_path: Path) ->
         assert double.store.get("Pod", "team", name)["metadata"]["deletionTimestamp"]  # type: ignore[index]
         until(lambda name=name: double.store.get("Pod", "team", name) is None)
         took = time.monotonic() - started
-        assert (took < 0.5) == (name == "polite"), took
+        assert took < 1.5 if name == "polite" else 1.5 < took < 4, took
         assert (tmp_path / "saved").exists()
         assert not alive(process) and not alive(child)
         assert ("Killing", "Stopping container main") in events(double, name)
 
 
-def test_leaving_ends_every_process_and_removes_every_device(make: Make) -> None:
+def test_leaving_ends_every_process_and_removes_every_device() -> None:
     with Double("kubeflow-1.11", CRDS) as double:
         with Controller(double) as controller:
             submit(double, "TrainJob", "import time; time.sleep(60)")
-            until(lambda: has(double, "Job", "Failed") or len(controller.kubelet.instances) == 2)
-            until(lambda: [p["status"]["phase"] for p in pods(double)] == ["Running"] * 2)
+            double.store.create(bare("host", "import time; time.sleep(60)"))
+            until(lambda: [p["status"]["phase"] for p in pods(double)] == ["Running"] * 3)
             uids = list(controller.kubelet.instances)
             assert all(marked(uid) for uid in uids)
             tag = getattr(controller.network, "tag", "loopback")
         assert not any(marked(uid) for uid in uids)
         assert tag not in _devices()
+
+
+def test_a_cluster_at_rest_is_quiet(make: Make) -> None:
+    double, controller = make()
+    controller.fail_image_pull(match="picture")
+    submit(double, "PyTorchJob", "import time; time.sleep(60)", nodes=1)
+    suspended = manifests.train_job(place(), "first-2", python("pass"))
+    suspended["spec"]["suspend"] = True
+    double.store.create(manifests.training_runtime(place(), "first-2"))
+    for made in (suspended, manifests.train_job(place(), "lost", python("pass")), bare("picture", ""), service("one")):
+        double.store.create(made)
+    until(
+        lambda: (
+            has(double, "PyTorchJob", "Running")
+            and is_ready(double)
+            and has(double, "Job", "Suspended", "first-2-node-0")
+        )
+    )
+    time.sleep(1)
+    before = len(double.store.history)
+    time.sleep(1.2)
+    assert [(c.type, c.key) for c in double.store.history[before:]] == []
 
 
 # Networks ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ class Jobs(Operator):
             for pod in pods:
                 self._stop(pod)
             set_condition(status, "Suspended", "True", "JobSuspended", "Job suspended", lastProbeTime=now())
-            self.put(job, status | {"active": 0, "ready": 0} | {"startTime": None})
+            gone = ("active", "ready", "terminating", "startTime")
+            self.put(job, {k: v for k, v in status.items() if k not in gone})
             return
         if holds(status, "Suspended"):
             set_condition(status, "Suspended", "False", "JobResumed", "Job resumed", lastProbeTime=now())

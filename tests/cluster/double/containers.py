@@ -36,6 +36,8 @@ class Waiting(Exception):
 class Command:
     argv: list[str]
     environment: dict[str, str]
+    folder: str = "/"
+    """Where it starts."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Builder:
         passed = {k: os.environ[k] for k in _PASSED_ON if k in os.environ}
         # Shells find the same interpreter.
         passed["PATH"] = f"{Path(self.python).parent}:{passed.get('PATH', os.defpath)}"
-        return Command(argv, passed | dict(self.environment or {}) | values)
+        folder = _replace(container.get("workingDir", "/"), paths)
+        return Command(argv, passed | dict(self.environment or {}) | values, folder)
 
     def _environment(self, pod: Object, container: Object) -> dict[str, str]:
         values: dict[str, str] = {}

@@ -56,7 +56,7 @@ class Operator:
 
     def make_pod(self, owner: Object, pod: Object, *, done: str, failed: str) -> bool:
         """Create a pod, and tell so (`done`) or why admission refused it (`failed`) by an event on its owner."""
-        why = self.denied(pod)
+        why = self.denied(pod) or self._no_account(pod)
         if not why:
             try:
                 if self.make(owner, pod):
@@ -68,3 +68,10 @@ class Operator:
                 why = refused.message
         self.say(owner, failed, f"Error creating: {why}", "Warning")
         return False
+
+    def _no_account(self, pod: Object) -> str:
+        name, where = pod["spec"].get("serviceAccountName", "default"), namespace_of(pod)
+        if self.store.get("ServiceAccount", where, name) or name == "default":
+            return ""
+        lost = f'error looking up service account {where}/{name}: serviceaccount "{name}" not found'
+        return f'pods "{name_of(pod)}" is forbidden: {lost}'

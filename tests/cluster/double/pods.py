@@ -26,8 +26,6 @@ from double.network import Address, Bridge, Loopback
 from double.objects import Object, controller_of, name_of, namespace_of, now, set_condition
 from double.process import Process
 
-INIT_WAIT = "init-pytorch"
-"""The Training Operator's init container: it waits until the master's name resolves."""
 _BACKOFF = (0.2, 0.5, 1.0, 2.0)
 
 
@@ -105,7 +103,11 @@ class Kubelet:
             self._admit(pod)
 
     def _admit(self, pod: Object) -> None:
-        if waiting := scheduler.unscheduled(self.store, pod) or self.blocked(pod) or _awaits_master(self.store, pod):
+        if (
+            waiting := scheduler.unscheduled(self.store, pod)
+            or self.blocked(pod)
+            or scheduler.awaits_master(self.store, pod)
+        ):
             self._pend(pod, waiting)
             return
         job = controller_of(pod)
@@ -140,7 +142,7 @@ class Kubelet:
 
     def _observe(self, pod: Object, instance: Instance) -> None:
         """Start what is due, notice what ended, and write the status."""
-        inits = [c for c in pod["spec"].get("initContainers", []) if c["name"] != INIT_WAIT]
+        inits = [c for c in pod["spec"].get("initContainers", []) if c["name"] != scheduler.INIT_WAIT]
         for container in inits:
             if container["name"] in instance.done:
                 continue
@@ -315,15 +317,6 @@ class Kubelet:
         if again or reason + message not in told:
             told.add(reason + message)
             self.store.event(pod, reason, message, type_)
-
-
-def _awaits_master(store: Any, pod: Object) -> Waiting | None:
-    if not any(c["name"] == INIT_WAIT for c in pod["spec"].get("initContainers", [])):
-        return None
-    environment = {v["name"]: v.get("value", "") for v in pod["spec"]["containers"][0].get("env", [])}
-    master = store.get("Pod", namespace_of(pod), environment.get("MASTER_ADDR", ""))
-    running = master is not None and master.get("status", {}).get("phase") == "Running"
-    return None if running else Waiting("PodInitializing", "", "")
 
 
 def _container_status(container: Object, state: Object, ready: bool = False, restarts: int = 0) -> Object:

@@ -14,7 +14,7 @@ import copy
 
 from double.objects import Object, age, child, holds, name_of, namespace_of, now, set_condition, set_variable
 from double.operator import Denied, Operator
-from double.pods import INIT_WAIT
+from double.scheduler import INIT_WAIT
 
 _LABEL = "training.kubeflow.org"
 _PORT_NAME, _PORT = "pytorchjob-port", 23456

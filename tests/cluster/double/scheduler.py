@@ -9,6 +9,8 @@ from double.objects import Object, namespace_of
 from double.schemas import quantity
 
 NODE = "node-1"
+INIT_WAIT = "init-pytorch"
+"""The Training Operator's init container: it waits until the master's name resolves."""
 
 
 def unscheduled(store: Any, pod: Object) -> Waiting | None:
@@ -37,3 +39,13 @@ def unschedulable(text: str) -> Waiting:
     helpless = "preemption: 0/1 nodes are available: 1 Preemption is not helpful for scheduling."
     message = f"0/1 nodes are available: {text}. {helpless}"
     return Waiting("Unschedulable", message, "FailedScheduling", message)
+
+
+def awaits_master(store: Any, pod: Object) -> Waiting | None:
+    """What a worker waits for in its init container; None once the master runs."""
+    if not any(c["name"] == INIT_WAIT for c in pod["spec"].get("initContainers", [])):
+        return None
+    environment = {v["name"]: v.get("value", "") for v in pod["spec"]["containers"][0].get("env", [])}
+    master = store.get("Pod", namespace_of(pod), environment.get("MASTER_ADDR", ""))
+    running = master is not None and master.get("status", {}).get("phase") == "Running"
+    return None if running else Waiting("PodInitializing", "", "")

@@ -1,4 +1,8 @@
-"""Kubeflow Trainer 2.1 to 2.3 and the JobSet controller below it: TrainJob -> JobSet -> Jobs -> pods."""
+"""Kubeflow Trainer 2.1 to 2.3 and the JobSet controller below it: TrainJob -> JobSet -> Jobs -> pods.
+
+Of a TrainJob's fields, the initializers and the releases' ways to patch a runtime's pods (podTemplateOverrides,
+runtimePatches) are not followed.
+"""
 
 from __future__ import annotations
 

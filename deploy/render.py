@@ -32,6 +32,7 @@ RUN = "first"
 IMAGES = ["image.train=lesionflow-train", "image.serve=lesionflow-serve", "image.packaged=true"]
 """Names that components/site replaces with those of a registry."""
 ALL = ("get", "list", "watch", "create", "patch", "delete")
+CLEAR = ("get", "list", "watch", "delete")
 READ = ("get", "list", "watch")
 RIGHTS: dict[str, tuple[str, ...]] = {
     "PersistentVolumeClaim": ALL,
@@ -43,14 +44,9 @@ RIGHTS: dict[str, tuple[str, ...]] = {
     "InferenceService": ALL,
     "Tensorboard": ALL,
     "Pod": ALL,
-    "JobSet": READ,
-    "Job": READ,
-    "Deployment": READ,
-    "Service": READ,
-    "Event": READ,
-    "ResourceQuota": READ,
-    "LimitRange": READ,
-    "ServiceAccount": READ,
+    # Made by controllers from ours, with our labels; a clean-up makes sure that they went too.
+    **dict.fromkeys(("JobSet", "Job", "Deployment", "Service", "ConfigMap", "ServingRuntime", "Notebook"), CLEAR),
+    **dict.fromkeys(("Event", "ResourceQuota", "LimitRange", "ServiceAccount"), READ),
 }
 """What a pipeline's pod, which trains and deploys, may do in its namespace."""
 SERVICE_PORTS = (manifests.PORT, 8012, 8013, 9000, 9090, 9091)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ import pytest
 import yaml
 
 from lesionflow import __version__
+from lesionflow.cluster import clean
 from lesionflow.cluster.settings import Settings
 
 Object = dict[str, Any]
@@ -386,6 +388,8 @@ def test_the_role_covers_what_the_code_asks_the_cluster_for(render: ModuleType) 
     for path in (ROOT / "src" / "lesionflow" / "cluster").glob("*.py"):
         for verb, kind in re.findall(r"api\.(\w+)\(\s*\"([A-Z]\w+)\"", path.read_text()):
             asked.setdefault(kind, set()).update(verbs.get(verb, (verb,)))
+    for kind in itertools.chain.from_iterable(clean.ORDER):
+        asked.setdefault(kind, set()).update(("list", "delete"))
     unknown = {kind: ask for kind, ask in asked.items() if not ask <= set(render.RIGHTS.get(kind, ()))}
     # Read by the doctor where it may, for the whole cluster: no namespace's role can give that.
     cluster_wide = {"Node", "Namespace", "StorageClass", "ClusterServingRuntime", "SelfSubjectAccessReview"}

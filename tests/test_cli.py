@@ -42,7 +42,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         (("run", "quick", "--data", "x", "--out", "y"), 3, "x"),
         (("verify", "nothing"), 3, "nothing"),
         (("ask", "http://127.0.0.1:9", "."), 5, "lesionflow serve"),
-        (("train", "quick"), 2, "--data"),
+        (("train", "quick"), 2, "--out"),
         (("nonsense",), 2, "nonsense"),
         (("data", "check", "nowhere"), 2, "nowhere"),
         (("data", "prepare", "nowhere", "--out", "store"), 3, "nowhere"),

@@ -27,6 +27,7 @@ RENDEZVOUS = 29500
 PERMANENT = (1, 2, 3, 4, 5, 126, 127)
 """Exit codes that no restart helps: a bug, and the table in `lesionflow.errors`; 143 and signals are retried."""
 VOLUMES = ("data", "logs", "models")
+KAGGLE_SECRET = "/var/run/secrets/kaggle"  # noqa: S105 - where the download finds the token
 SHARED = {"HOME": "/tmp", "PYTHONUNBUFFERED": "1", "LESIONFLOW_UMASK": "000"}  # noqa: S108
 """Environment of every pod on the volumes. The pipeline's pods run as whatever their image says, the job's as our
 user, and storage drivers don't all honour fsGroup: so what one writes, all of the namespace's may change."""

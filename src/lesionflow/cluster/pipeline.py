@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from kfp import dsl, local
 
+from lesionflow.cluster.manifests import KAGGLE_SECRET, SHARED, VOLUMES
 from lesionflow.cluster.settings import Place
 from lesionflow.errors import from_exit_code
 from lesionflow.recipe import Recipe
@@ -26,7 +27,6 @@ from lesionflow.training import status
 
 IMAGE = "python:3.11"
 """Named by the components; a place's own image replaces it."""
-KAGGLE_SECRET = "/var/run/secrets/kaggle"  # noqa: S105 - where the download finds the token
 WHEEL = "/var/run/lesionflow-wheel"
 
 component = dsl.component(base_image=IMAGE, install_kfp_package=False)
@@ -217,8 +217,6 @@ def _installed(place: Place) -> Any:
 def _place(task: Any, place: Place, *, heavy: bool = False, environment: bool = True) -> None:
     """Give a task what only a cluster has: its image, the volumes, the environment, a share of the node."""
     from kfp import kubernetes
-
-    from lesionflow.cluster.manifests import SHARED, VOLUMES
 
     settings = place.settings
     task.set_container_image(settings.image.train)

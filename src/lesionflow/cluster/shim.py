@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lesionflow import keys, steps
+from lesionflow.cluster.manifests import KAGGLE_SECRET, selector
 from lesionflow.cluster.settings import Place, Settings
 from lesionflow.errors import DataError, LesionflowError, UsageError
 from lesionflow.recipe import Recipe
@@ -33,7 +34,6 @@ ROC_POINTS = 200
 
 def fetch(data: str, source: str) -> str:
     """See that the data set is there: from Kaggle, synthetic, or (with no source) what lies there already."""
-    from lesionflow.cluster.pipeline import KAGGLE_SECRET
     from lesionflow.data.fetch import fetch as download
     from lesionflow.data.synthetic import synthesize
 
@@ -174,7 +174,6 @@ def finish(run: str, status: Any, name: str, settings: str, clean: bool) -> str:
     _tell(f"the pipeline ended: {status.state}" + (f"; {failure['step']}: {failure['message']}" if failure else ""))
     if clean and (place := _place(name, settings)) is not None:
         from lesionflow.cluster.api import Api
-        from lesionflow.cluster.manifests import selector
 
         api = Api.connect(place.settings)
         for kind in ("TrainJob", "PyTorchJob", "TrainingRuntime", "NetworkPolicy"):

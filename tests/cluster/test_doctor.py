@@ -260,6 +260,14 @@ FAULTS = [
         "upgrade",
         lambda p: p.patch.setitem(discovery.VERSIONS, "kubeflow-1.11", "v1.22.17"),
     ),
+    Fault(
+        "old for Trainer",
+        "kubernetes",
+        "warn",
+        "v1.26.1 is older than the 1.27",
+        "job.launcher=pytorchjob",
+        lambda p: p.patch.setitem(discovery.VERSIONS, "kubeflow-1.11", "v1.26.1"),
+    ),
     Fault("server ahead", "clock", "warn", "s apart: tokens", "NTP", late(121)),
     Fault("server an hour behind", "clock", "fail", "s apart: tokens", "NTP", late(-3600)),
     Fault(
@@ -474,6 +482,15 @@ FAULTS = [
         run="first",
     ),
     Fault(
+        "claim pending in silence",
+        "claims",
+        "fail",
+        "claim mine is Lost, not Bound",
+        "describe pvc mine",
+        lambda p: p.claim("mine", "Lost"),
+        settings=("volumes.data_claim=mine",),
+    ),
+    Fault(
         "claim waits",
         "claims",
         "warn",
@@ -547,6 +564,24 @@ FAULTS = [
         settings=("job.node_selector=disk=ssd",),
     ),
     Fault("taint", "nodes", "fail", "by a taint", "job.tolerations=gpu=only:NoSchedule", lambda p: p.node(**TAINT)),
+    Fault(
+        "taint without a value",
+        "nodes",
+        "fail",
+        "by a taint",
+        "job.tolerations=gpu:NoExecute",
+        lambda p: p.node(spec={"taints": [{"key": "gpu", "effect": "NoExecute"}]}),
+        settings=("job.tolerations=gpu:NoSchedule",),
+    ),
+    Fault(
+        "another value's taint",
+        "nodes",
+        "fail",
+        "by a taint",
+        "job.tolerations=gpu=only:NoSchedule",
+        lambda p: p.node(**TAINT),
+        settings=("job.tolerations=gpu=some:NoSchedule",),
+    ),
     Fault("node closed", "nodes", "fail", "ready and open", "uncordon", lambda p: p.node(spec={"unschedulable": True})),
     Fault(
         "no node that big",
@@ -751,6 +786,32 @@ def test_as_many_faults_as_promised_are_planted():
     assert len([f for f in FAULTS if f.status == "fail"]) >= 30
 
 
+@pytest.mark.parametrize("tolerations", ["gpu=only:NoSchedule", "gpu:NoSchedule"])
+def test_a_tolerated_taint_is_no_fault(cluster, monkeypatch, tolerations):
+    Plant(cluster, None, monkeypatch).node(**TAINT)
+    assert examine(f"job.tolerations={tolerations}")["nodes"].status == "ok"
+
+
+def test_a_node_that_only_prefers_not_to_is_no_fault(cluster, monkeypatch):
+    taint = {"key": "gpu", "value": "only", "effect": "PreferNoSchedule"}
+    Plant(cluster, None, monkeypatch).node(spec={"taints": [taint]})
+    assert examine()["nodes"].status == "ok"
+
+
+def test_quotas_for_other_pods_are_passed_over(cluster, monkeypatch):
+    plant = Plant(cluster, None, monkeypatch)
+    plant.put("v1", "ResourceQuota", "short-lived", spec={"hard": {"pods": "0"}, "scopes": ["Terminating"]})
+    assert examine()["quota"].status == "ok"
+
+
+@pytest.mark.parametrize("labels", [{"istio-injection": "enabled"}, {"istio.io/rev": "canary"}, {}])
+def test_whether_sidecars_come_is_said(cluster, labels):
+    namespace = cluster.store.get("Namespace", None, "team")
+    namespace["metadata"]["labels"] = {**PROFILE, **labels}
+    cluster.store.update(namespace)
+    assert ("opt out" if labels else "no sidecars") in examine()["istio"].text
+
+
 # --- inside a pod -------------------------------------------------------------------------------
 
 
@@ -787,6 +848,7 @@ def test_a_user_who_sees_only_a_namespace_gets_no_faults(cluster):
     assert status(found, "skip") == {"nodes", "node-health", "gpus", "storage", "namespace", "istio"}
     assert not status(found, "warn", "fail")
     assert "may not list nodes" in found["nodes"].text
+    assert "may not look at namespace team" in found["istio"].text
 
 
 def test_a_user_who_may_only_look_gets_the_missing_rights_and_no_riddles(cluster):

@@ -51,8 +51,12 @@ RIGHTS: dict[str, tuple[str, ...]] = {
 """What a pipeline's pod, which trains and deploys, may do in its namespace."""
 SERVICE_PORTS = (manifests.PORT, 8012, 8013, 9000, 9090, 9091)
 """The service itself; Knative's queue proxy (HTTP, h2c) and its figures; Triton's gRPC."""
-FORMS = {"triton": ["serving.form=triton"], "serverless": ["serving.mode=serverless"]}
-"""Components that change the service's form, and the settings that say the same."""
+FORMS = {
+    "triton": ["serving.form=triton"],
+    "serverless": ["serving.mode=serverless"],
+    "triton-serverless": ["serving.form=triton", "serving.mode=serverless"],
+}
+"""Components that change the service, one at a time, and the settings that say the same."""
 
 
 def place(settings: str = "", *more: str) -> Place:

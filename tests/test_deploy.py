@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from lesionflow import __version__
+from lesionflow.cli import app
 from lesionflow.cluster import clean
 from lesionflow.cluster.settings import Settings
 
@@ -241,7 +243,7 @@ FITS = {
     "kubeflow-1.11": ("trainjob", ("kubeflow-1.11", "trainer-2.3")),
 }
 """Overlay -> its launcher and the clusters it is for."""
-FORMS = ((), ("triton",), ("serverless",), ("triton", "serverless"))
+FORMS = ((), ("triton",), ("serverless",), ("triton-serverless",))
 OVERLAYS = [(version, device) for version in FITS for device in ("cpu", "gpu")]
 NAMESPACE = "kubeflow-user-example-com"
 
@@ -400,4 +402,79 @@ def test_the_role_covers_what_the_code_asks_the_cluster_for(render: ModuleType) 
 def test_settings_files_load_and_say_how_to_use_them(path: Path) -> None:
     Settings.load(path)
     assert f"--cluster {path.relative_to(ROOT)}" in path.read_text()
-    assert path.relative_to(ROOT).as_posix() in (ROOT / "docs" / "cluster.md").read_text()
+    assert path.relative_to(ROOT).as_posix() in TUTORIAL
+
+
+def test_the_base_alone_binds_the_role_to_the_pods_account(kubectl: str) -> None:
+    overlay = ROOT / "deploy" / "kustomize" / "overlays" / "base"
+    made = subprocess.run([kubectl, "kustomize", str(overlay)], capture_output=True, text=True, check=True).stdout
+    (binding,) = [obj for obj in yaml.safe_load_all(made) if obj["kind"] == "RoleBinding"]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "default-editor", "namespace": NAMESPACE}]
+
+
+# The tutorial --------------------------------------------------------------------------------------------------------
+
+TUTORIAL = (ROOT / "docs" / "cluster.md").read_text()
+
+
+def commands() -> list[str]:
+    """The tutorial's own commands: lines of its console blocks, and whole commands in running text."""
+    blocks = "".join(re.findall(r"```console\n(.*?)```", TUTORIAL, re.DOTALL)).replace("\\\n", " ")
+    lines = [line[2:] for line in blocks.splitlines() if line.startswith("$ ")]
+    prose = re.sub(r"```.*?```", "", TUTORIAL, flags=re.DOTALL)
+    lines += [found.replace("\n", " ") for found in re.findall(r"`(lesionflow [^`]+)`", prose)]
+    parts = (part.partition("  #")[0].strip() for line in lines for part in line.split(" && "))
+    return sorted({part for part in parts if part.startswith("lesionflow ")})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_of_the_tutorial_exists_with_its_options(command: str) -> None:
+    words = shlex.split(command)[1:]
+    depth = 2 if words[0] in ("cluster", "data", "pipeline") else 1
+    result = CliRunner().invoke(app, [*words[:depth], "--help"] if words[0] != "--version" else words)
+    assert result.exit_code == 0, result.output
+    text = re.sub(r"[^\w-]+", " ", result.output)
+    for option in (w for w in words if w.startswith("--") and w != "--version"):
+        assert option in text, f"{command}: no option {option}"
+    settings = [value for flag, value in itertools.pairwise(words) if flag == "--on" and "..." not in value]
+    settings = [value.replace("URL", "https://example.org").replace("REGISTRY", "example.org") for value in settings]
+    Settings.load(overrides=settings)
+
+
+def test_the_tutorial_names_only_what_is_there() -> None:
+    for path in re.findall(r"(?<![\w/])((?:deploy|docs|notebooks|tests)/[\w./-]+\w)", TUTORIAL):
+        assert (ROOT / path).exists(), path
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", TUTORIAL):
+        assert (ROOT / "docs" / target).exists(), target
+    for overlay in re.findall(r"`(overlays/[\w./-]+)`", TUTORIAL):
+        assert (ROOT / "deploy" / "kustomize" / overlay / "kustomization.yaml").exists(), overlay
+
+
+def test_the_table_of_settings_has_every_field_as_it_is() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / "write_settings.py"), "--check"], check=False)
+    assert done.returncode == 0, "run: python docs/write_settings.py"
+    for name, value in Settings().to_dict().items():
+        for field_name in (f"{name}.{inner}" for inner in value) if isinstance(value, dict) else (name,):
+            assert f"| `{field_name}` |" in TUTORIAL
+
+
+@pytest.mark.parametrize(
+    "symptom",
+    [
+        "is pending",
+        "no node can take it",
+        "exceeded quota",
+        "there is no image",
+        "can't be pulled",
+        "out of memory",
+        "out of shared memory",
+        "violates PodSecurity",
+        "no cluster to talk to",
+        "the gate refuses this model",
+        "not allowed (403)",
+    ],
+)
+def test_symptoms_are_the_words_that_the_code_says(symptom: str) -> None:
+    said = "".join(path.read_text() for path in (ROOT / "src" / "lesionflow").rglob("*.py"))
+    assert symptom in said
+    assert symptom in TUTORIAL

@@ -146,7 +146,7 @@ def test_a_pytorch_job_runs_with_the_operators_labels_environment_and_conditions
             "lesionflow/run": "first",
         }.items()
     )
-    assert worker["metadata"]["name"] == "first-1-worker-0"
+    assert (worker["metadata"]["name"], worker["spec"]["nodeName"]) == ("first-1-worker-0", "node-1")
     assert worker["metadata"]["ownerReferences"][0]["kind"] == "PyTorchJob"
     # As in the pod: the operator's buffering wins over the job's own, WORLD_SIZE counts processes.
     declared = {v["name"]: v.get("value") for v in worker["spec"]["containers"][0]["env"]}
@@ -483,7 +483,9 @@ def test_a_command_that_is_not_there_fails_to_start(make: Make) -> None:
     pod["spec"]["containers"][0]["command"] = ["no-such-command"]
     double.store.create(pod)
     until(lambda: phase(double, "lost") == "Failed")
-    assert state(double, "lost")["terminated"]["reason"] == "StartError"
+    ended = state(double, "lost")["terminated"]
+    assert (ended["exitCode"], ended["reason"]) == (128, "StartError")
+    assert 'exec: "no-such-command": executable file not found in $PATH' in ended["message"]
 
 
 # Mounts, logs, ends --------------------------------------------------------------------------------------------
@@ -664,25 +666,34 @@ def test_pods_are_on_hosts_of_their_own_and_find_the_master_by_name(make: Make, 
 
 
 @isolated
-def test_what_a_killed_process_left_is_removed_and_nothing_else() -> None:
+def test_what_a_killed_test_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    pod = bare("left", "import time; time.sleep(60)")
     code = f"""
-        import os, sys
+        import os, sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from double import network
-        made = network.Bridge()
-        address = made.attach("team", "a", ["a"])
-        import subprocess
-        child = subprocess.Popen([*address.wrap, "sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-        print(made.tag, child.pid, flush=True)
-        os._exit(1)
+        from double.controller import Controller
+        from double.server import Double
+        double = Double("kubeflow-1.11", {str(CRDS)!r})
+        controller = Controller(double, netns=True).__enter__()
+        pod = {pod!r}
+        spec = {{"parallelism": 1, "template": {{"spec": pod["spec"]}}}}
+        job = {{"apiVersion": "batch/v1", "kind": "Job", "metadata": {{"name": "job"}}, "spec": spec}}
+        double.store.create(pod)
+        double.store.create(job, "team")
+        while sum(len(i.processes) for i in list(controller.kubelet.instances.values())) < 2:
+            time.sleep(0.05)
+        pids = [str(p.popen.pid) for i in controller.kubelet.instances.values() for p in i.processes.values()]
+        print(controller.network.tag, *pids, flush=True)
+        os.kill(os.getpid(), 9)
     """
-    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
-    tag, child = ran.stdout.split()
+    with (tmp_path / "out").open("w") as out:
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code)], stdout=out, stderr=out, check=False)
+    tag, *left = (tmp_path / "out").read_text().split()
     assert tag in _devices()
+    until(lambda: not any(alive(int(pid)) for pid in left), "killed with their test")
     mine = network.Bridge()
     try:
         assert tag not in _devices()
-        until(lambda: not alive(int(child)))
         other = network.Bridge()
         assert other.subnet != mine.subnet
         other.close()

@@ -25,6 +25,7 @@ from double.containers import Builder, Waiting
 from double.network import Address, Bridge, Loopback
 from double.objects import Object, controller_of, name_of, namespace_of, now, set_condition
 from double.process import Process
+from double.store import Refused
 
 _BACKOFF = (0.2, 0.5, 1.0, 2.0)
 
@@ -74,7 +75,11 @@ class Kubelet:
         for uid in [u for u in self.instances if u not in pods]:
             self._remove(self.instances[uid])
         for pod in pods.values():
-            self._sync(pod)
+            try:
+                self._sync(pod)
+            except Refused as refused:
+                if refused.status not in (404, 409):  # gone or changed meanwhile
+                    raise
 
     def close(self) -> None:
         """End every process and remove all directories."""
@@ -110,6 +115,7 @@ class Kubelet:
         ):
             self._pend(pod, waiting)
             return
+        pod = self.store.update({**pod, "spec": pod["spec"] | {"nodeName": scheduler.NODE}}, part="main")
         job = controller_of(pod)
         isolated = job is not None and job["kind"] in ("PyTorchJob", "Job")
         network = self.network if isolated else self._loopback
@@ -125,9 +131,8 @@ class Kubelet:
         self._observe(pod, instance)
 
     def _pend(self, pod: Object, waiting: Waiting) -> None:
-        status: Object = {"phase": "Pending", "qosClass": "Burstable", "conditions": []}
-        for old in pod.get("status", {}).get("conditions", []):
-            status["conditions"].append(dict(old))
+        old = [dict(c) for c in pod.get("status", {}).get("conditions", [])]
+        status: Object = {"phase": "Pending", "qosClass": "Burstable", "conditions": old}
         if waiting.reason == "Unschedulable":
             set_condition(status, "PodScheduled", "False", waiting.reason, waiting.message)
         else:
@@ -201,17 +206,13 @@ class Kubelet:
         text = f"failed to create containerd task: failed to create shim task: OCI runtime create failed: {why}"
         state = {"exitCode": 128, "reason": "StartError", "message": text, "startedAt": now(), "finishedAt": now()}
         self._say(pod, "Failed", f"Error: {text}", "Warning")
-        status = {
-            "phase": "Failed",
-            "conditions": [],
-            "containerStatuses": [_container_status(container, {"terminated": state})],
-        }
-        self._put(pod, status)
+        statuses = [_container_status(container, {"terminated": state})]
+        self._put(pod, {"phase": "Failed", "conditions": [], "containerStatuses": statuses})
 
     def _report(self, pod: Object, instance: Instance) -> None:
         containers = pod["spec"]["containers"]
         processes = [instance.processes.get(c["name"]) for c in containers]
-        if not all(processes) and not instance.processes:
+        if not instance.processes:
             return  # Waiting for a secret: its status says so already.
         policy = pod["spec"].get("restartPolicy", "Always")
         ended = [p for p in processes if p and p.ended]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -15,12 +16,17 @@ from double.objects import Object, now
 MARK = "DOUBLE_CONTAINER"
 """Variable by which a container's processes are known, whatever session or group they moved to."""
 _MESSAGE_BYTES, _MESSAGE_LINES = 2048, 80
+# Should the test be killed, so are its pods.
+_DIE_WITH_US = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
 
 
 class Process:
     """A running or ended container process."""
 
     def __init__(self, command: Command, log: Path, mark: str, wrap: Sequence[str] = ()) -> None:
+        """Raises `OSError` if there is no such command."""
+        if not shutil.which(command.argv[0], path=command.environment["PATH"]):
+            raise FileNotFoundError(f'exec: "{command.argv[0]}": executable file not found in $PATH: unknown')
         log.parent.mkdir(parents=True, exist_ok=True)
         self.mark = mark
         self.log = log
@@ -30,7 +36,7 @@ class Process:
         self.out_of_memory = False
         with log.open("ab") as output:
             self.popen = subprocess.Popen(
-                [*wrap, *command.argv],
+                [*_DIE_WITH_US, *wrap, *command.argv],
                 env=command.environment | {MARK: mark},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -969,8 +969,10 @@ def test_the_terminal_shows_marks_remedies_and_counts():
     out = StringIO()
     Console(file=out, width=100).print(doctor.render(found))
     shown = out.getvalue()
-    assert "fail quota pods: 2 needed, [1 of 3] free" in shown and "→ lower job.nodes" in shown
+    assert "fail quota       pods: 2 needed, [1 of 3] free" in shown and "→ lower job.nodes" in shown
     assert "1 ok, 0 warn, 1 fail, 0 skip" in shown
+    Console(file=(alone := StringIO()), width=100).print(doctor.render(found[:1]))
+    assert alone.getvalue().splitlines() == shown.splitlines()[:2]
 
 
 def test_the_secret_is_looked_at_and_not_shown(cluster, caplog):

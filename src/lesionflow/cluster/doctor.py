@@ -98,18 +98,21 @@ def to_json(found: Sequence[Check]) -> str:
 
 
 def render(found: Sequence[Check]) -> RenderableType:
-    """A list for the terminal (rich): mark, name, what was found and what to do."""
+    """A list for the terminal (rich): status, name, what was found and what to do; counts below more than one."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
 
     table = Table.grid(padding=(0, 1))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
+    # Fixed widths: checks that are shown one by one stand below each other.
+    table.add_column(no_wrap=True, width=4)
+    table.add_column(no_wrap=True, width=max(map(len, CHECKS)))
     table.add_column(overflow="fold")
     for check in found:
         style = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}[check.status]
         text = escape(check.text) + (f"\n→ {escape(check.remedy)}" if check.remedy else "")
         table.add_row(f"[{style}]{check.status}[/{style}]", f"[dim]{check.name}[/dim]", text)
+    if len(found) == 1:
+        return table
     counts = ", ".join(f"{sum(c.status == s for c in found)} {s}" for s in ("ok", "warn", "fail", "skip"))
     return Group(table, counts)

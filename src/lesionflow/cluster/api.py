@@ -104,6 +104,7 @@ class Api:
                 "KUBECONFIG to a file whose context reaches the cluster"
             ) from None
         loaded.retries = 2
+        loaded.connection_pool_maxsize = 300  # A log stream for each of a job's nodes.
         return cls(client.ApiClient(loaded), settings.namespace or found)
 
     def serves(self, kind: str) -> bool:

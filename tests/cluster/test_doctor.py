@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -810,6 +811,55 @@ def test_whether_sidecars_come_is_said(cluster, labels):
     namespace["metadata"]["labels"] = {**PROFILE, **labels}
     cluster.store.update(namespace)
     assert ("opt out" if labels else "no sidecars") in examine()["istio"].text
+
+
+def reviews(cluster, monkeypatch, me, lacking):
+    """Reviews of accounts, which the double doesn't do: whoever is asked about lacks the rights in `lacking`."""
+    kinds, post, asked = cluster.store.kinds, Handler._post, []
+    like = kinds["SelfSubjectAccessReview"]
+    local = {"kind": "LocalSubjectAccessReview", "plural": "localsubjectaccessreviews", "namespaced": True}
+    kinds[local["kind"]] = dataclasses.replace(like, **local)
+    who = {"kind": "SelfSubjectReview", "plural": "selfsubjectreviews", "group": "authentication.k8s.io"}
+    kinds[who["kind"]] = dataclasses.replace(like, **who)
+
+    def reviewing(self):
+        if self.kind.kind not in (local["kind"], who["kind"]):
+            return post(self)
+        body = self._body()
+        status = {"userInfo": {"username": me}}
+        if self.kind.kind == local["kind"]:
+            asked.append((body["spec"]["user"], body["spec"]["groups"]))
+            wanted = body["spec"]["resourceAttributes"]
+            status = {"allowed": (wanted["verb"], wanted["resource"]) not in lacking}
+        return self._send({**body, "status": status}, 201)
+
+    monkeypatch.setattr(Handler, "_post", reviewing)
+    return asked
+
+
+def test_an_administrator_learns_what_the_pods_may_not(cluster, monkeypatch):
+    asked = reviews(cluster, monkeypatch, "root@example.com", {("create", "trainjobs"), ("create", "secrets")})
+    found = examine()
+    assert "as root@example.com" in found["api"].text
+    check = found["permissions"]
+    assert check.status == "fail"
+    assert check.text == "the pods' account default-editor may not create trainjobs.trainer.kubeflow.org"
+    assert "--serviceaccount=team:default-editor" in check.remedy
+    groups = ["system:serviceaccounts", "system:serviceaccounts:team", "system:authenticated"]
+    assert {user for user, _ in asked} == {"system:serviceaccount:team:default-editor"} and asked[0][1] == groups
+
+
+def test_whoever_lacks_a_right_is_named_in_the_remedy(cluster, monkeypatch):
+    cluster.faults["deny"] = {("create", "inferenceservices")}
+    reviews(cluster, monkeypatch, "someone@example.com", set())
+    assert "--user=someone@example.com" in examine()["permissions"].remedy
+
+
+def test_a_notebook_asks_for_its_own_account_only(cluster, monkeypatch):
+    cluster.faults["deny"] = {("create", "inferenceservices")}
+    asked = reviews(cluster, monkeypatch, "system:serviceaccount:team:default-editor", set())
+    assert "--serviceaccount=team:default-editor" in examine()["permissions"].remedy
+    assert not asked
 
 
 # --- inside a pod -------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "Tensorboard": ("tensorboard.kubeflow.org/v1alpha1", "tensorboards"),
     "PodDefault": ("kubeflow.org/v1alpha1", "poddefaults"),
     "SelfSubjectAccessReview": ("authorization.k8s.io/v1", "selfsubjectaccessreviews"),
+    "LocalSubjectAccessReview": ("authorization.k8s.io/v1", "localsubjectaccessreviews"),
     "SelfSubjectReview": ("authentication.k8s.io/v1", "selfsubjectreviews"),
 }
 """Kind -> (apiVersion, plural)."""
@@ -211,8 +212,11 @@ class Api:
         found = self.list("Event", fields=f"involvedObject.name={name}")
         return sorted(found, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "")
 
-    def allowed(self, verb: str, kind: str, subresource: str = "") -> bool:
-        """Whether this account may do that in the namespace (or in the whole cluster, for kinds without one)."""
+    def allowed(self, verb: str, kind: str, subresource: str = "", *, pods: str = "") -> bool:
+        """Whether this account, or that of `pods`, may do that in the namespace.
+
+        For kinds without a namespace: in the whole cluster. Asking for another account is itself a right.
+        """
         version, plural = KINDS[kind]
         group = version.partition("/")[0] if "/" in version else ""
         attributes = {"namespace": self.namespace, "verb": verb, "group": group, "resource": plural}
@@ -220,11 +224,15 @@ class Api:
             del attributes["namespace"]
         if subresource:
             attributes["subresource"] = subresource
-        review = {
+        review: Object = {
             "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
+            "kind": "LocalSubjectAccessReview" if pods else "SelfSubjectAccessReview",
             "spec": {"resourceAttributes": attributes},
         }
+        if pods:
+            groups = ["system:serviceaccounts", f"system:serviceaccounts:{self.namespace}", "system:authenticated"]
+            review["spec"] |= {"user": f"system:serviceaccount:{self.namespace}:{pods}", "groups": groups}
+            review["metadata"] = {"namespace": self.namespace}
         return bool(self.create(review)["status"]["allowed"])
 
     def wait(self, until: Callable[[], Any], *, timeout: float, what: str, every: float = 0.5) -> Any:

@@ -19,7 +19,6 @@ from lesionflow.errors import ClusterError
 PROBE_TIMEOUT = 900.0
 """Seconds for the tiny job: a node that pulls the image for the first time takes minutes."""
 _WRITE = ("create", "get", "list", "patch", "delete")
-_OURS = ("PersistentVolumeClaim", "Secret", "NetworkPolicy", "InferenceService")
 _READ = (("get", "Pod", ""), ("list", "Pod", ""), ("delete", "Pod", ""), ("get", "Pod", "log"), ("list", "Event", ""))
 
 
@@ -39,19 +38,24 @@ def account(scene: Scene) -> Answer:
 
 
 def permissions(scene: Scene) -> Answer:
-    """Whether this account may do all that a run, its clean-up and its logs need."""
-    kinds = [*_OURS, *{"trainjob": ("TrainJob", "TrainingRuntime")}.get(scene.launcher, ())]
-    kinds += ["PyTorchJob"] if scene.launcher == "pytorchjob" else []
-    asked = [(verb, kind, "") for kind in kinds if scene.serves(kind) for verb in _WRITE] + list(_READ)
+    """Whether this account, and that of the pipeline's pods, may do all that a run, its logs and its clean-up need."""
+    kinds = ["NetworkPolicy", "InferenceService"]
+    kinds += {"trainjob": ["TrainJob", "TrainingRuntime"], "pytorchjob": ["PyTorchJob"]}.get(scene.launcher, [])
+    by_pods = [(verb, kind, "") for kind in kinds if scene.serves(kind) for verb in _WRITE] + list(_READ)
+    asked = [(verb, kind, "") for kind in ("PersistentVolumeClaim", "Secret") for verb in _WRITE] + by_pods
     missing = _missing(scene, asked)
     optional = _missing(scene, [(verb, "Tensorboard", "") for verb in _WRITE] if scene.serves("Tensorboard") else [])
     faults = []
     if missing:
-        remedy = _grant(scene, missing)
-        # Kubeflow 1.11's profile roles let users read TrainingRuntimes, but not make their own.
-        if scene.launcher == "trainjob" and scene.serves("PyTorchJob") and "trainer.kubeflow.org" in " ".join(missing):
-            remedy += "; or set job.launcher=pytorchjob"
-        faults.append(Answer("fail", f"this account may not {_list(missing)}", remedy))
+        faults.append(Answer("fail", f"this account may not {_list(missing)}", _grant(scene, missing)))
+    pods = scene.settings.service_account
+    other = scene.account != f"system:serviceaccount:{scene.api.namespace}:{pods}"
+    review = "LocalSubjectAccessReview"
+    may_ask = other and scene.serves(review) and scene.allowed("create", review)
+    # The train step is a pod: a run that an administrator starts stops there for want of its rights.
+    if may_ask and (lacking := _missing(scene, by_pods, pods)):
+        text = f"the pods' account {pods} may not {_list(lacking)}"
+        faults.append(Answer("fail", text, _grant(scene, lacking, pods)))
     if optional:
         remedy = f"without it `cluster tensorboard` fails, nothing else; {_grant(scene, optional)}"
         faults.append(Answer("warn", f"this account may not {_list(optional)}", remedy))
@@ -195,11 +199,11 @@ def _object_remedy(refusal: str) -> str:
     return "change the setting that the refusal names; docs/cluster.md says what each object is for"
 
 
-def _missing(scene: Scene, asked: list[tuple[str, str, str]]) -> dict[str, list[str]]:
-    """Resource (as kubectl names it) -> the verbs this account lacks."""
+def _missing(scene: Scene, asked: list[tuple[str, str, str]], pods: str = "") -> dict[str, list[str]]:
+    """Resource (as kubectl names it) -> the verbs that this account, or that of the pods, lacks."""
     missing: dict[str, list[str]] = {}
     for verb, kind, subresource in asked:
-        if not scene.allowed(verb, kind, subresource):
+        if not scene.allowed(verb, kind, subresource, pods=pods):
             version, plural = KINDS[kind]
             group = f".{version.partition('/')[0]}" if "/" in version else ""
             name = f"{plural}{group}" + (f"/{subresource}" if subresource else "")
@@ -211,14 +215,20 @@ def _list(missing: dict[str, list[str]]) -> str:
     return "; ".join(f"{', '.join(verbs)} {resource}" for resource, verbs in missing.items())
 
 
-def _grant(scene: Scene, missing: dict[str, list[str]]) -> str:
-    """The commands by which an administrator gives what is missing."""
+def _grant(scene: Scene, missing: dict[str, list[str]], pods: str = "") -> str:
+    """The commands by which an administrator gives what is missing, or another way."""
     namespace = scene.api.namespace
     _, _, service = scene.account.partition("system:serviceaccount:")
-    whom = f"--serviceaccount={service or f'{namespace}:{scene.settings.service_account}'}"
-    if scene.account and not service:
+    if scene.account and not service and not pods:
         whom = f"--user={scene.account}"
+    else:
+        own = service if service and not pods else f"{namespace}:{scene.settings.service_account}"
+        whom = f"--serviceaccount={own}"
     verbs = ",".join(v for v in _WRITE if any(v in held for held in missing.values()))
     role = f"create role lesionflow --verb={verbs} --resource={','.join(missing)}"
     binding = f"create rolebinding lesionflow --role=lesionflow {whom}"
-    return f"an administrator runs: kubectl -n {namespace} {role} && kubectl -n {namespace} {binding}"
+    remedy = f"an administrator runs: kubectl -n {namespace} {role} && kubectl -n {namespace} {binding}"
+    # Kubeflow 1.11's profile roles let users read TrainingRuntimes, but not make their own.
+    if scene.launcher == "trainjob" and scene.serves("PyTorchJob") and "trainer.kubeflow.org" in " ".join(missing):
+        remedy += "; or set job.launcher=pytorchjob"
+    return remedy

@@ -65,7 +65,7 @@ class Scene:
         """A run that doesn't exist, for objects that are only tried."""
         self._lists: dict[str, list[dict[str, Any]]] = {}
         self._served: dict[str, bool] = {}
-        self._allowed: dict[tuple[str, str, str], bool] = {}
+        self._allowed: dict[tuple[str, str, str, str], bool] = {}
 
     def read(self, kind: str) -> list[dict[str, Any]]:
         """All objects of a kind. Raises `Unanswered` if this account may not list them."""
@@ -80,10 +80,10 @@ class Scene:
             self._served[kind] = self.api.serves(kind)
         return self._served[kind]
 
-    def allowed(self, verb: str, kind: str, subresource: str = "") -> bool:
-        asked = (verb, kind, subresource)
+    def allowed(self, verb: str, kind: str, subresource: str = "", *, pods: str = "") -> bool:
+        asked = (verb, kind, subresource, pods)
         if asked not in self._allowed:
-            self._allowed[asked] = self.api.allowed(*asked)
+            self._allowed[asked] = self.api.allowed(verb, kind, subresource, pods=pods)
         return self._allowed[asked]
 
     @cached_property

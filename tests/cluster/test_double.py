@@ -19,7 +19,9 @@ from double.answers import Refused
 from double.schemas import examine, quantity
 from double.server import Double
 
+from lesionflow.cluster import manifests
 from lesionflow.cluster.api import Api
+from lesionflow.cluster.settings import Place
 from lesionflow.errors import ClusterError
 
 Object = dict[str, Any]
@@ -96,6 +98,22 @@ def test_a_schema_prunes_and_fills_in_defaults() -> None:
         {"type": "object", "properties": {"l": {"type": "array", "items": item}}}, {"l": [{"x": 1}], "y": 2}
     )
     assert (found.value, found.unknown, found.faults) == ({"l": [{"n": 3}]}, ["y", "l[0].x"], [])
+
+
+def test_what_never_changes_may_not_change(double: Double, api: Api) -> None:
+    """The plainest CEL rules: immutable fields, one of a few values, a name's form."""
+    runtime = manifests.training_runtime(Place("first"), "first")
+    api.apply(runtime)
+    runtime["spec"]["template"]["spec"]["failurePolicy"]["maxRestarts"] = 1
+    with pytest.raises(ClusterError, match=r"spec.template.spec.failurePolicy: Invalid value: .*immutable"):
+        api.apply(runtime)
+    api.create(train_job("first"))
+    with pytest.raises(ClusterError, match=r"spec.runtimeRef: Invalid value: .*immutable"):
+        api.patch("TrainJob", "first", {"spec": {"runtimeRef": {"name": "other"}}})
+    with pytest.raises(ClusterError, match=r"spec.managedBy: Invalid value"):
+        api.create({**train_job("second"), "spec": {"runtimeRef": {"name": "x"}, "managedBy": "nobody"}})
+    with pytest.raises(ClusterError, match="RFC 1035"):
+        api.create(train_job("1st"))
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,12 @@ def test_everything_can_be_found_again() -> None:
         assert labels.get(manifests.RUN) == ("first" if obj["metadata"]["name"] != "kaggle" else None)
 
 
+def test_no_job_set_has_a_time_to_live() -> None:
+    """Trainer makes a JobSet that its TTL removed anew, and would train again every day."""
+    for variant in VARIANTS.values():
+        assert "ttlSecondsAfterFinished" not in json.dumps(manifests.training_runtime(place(*variant), "first"))
+
+
 # --- Planted mistakes
 
 DROP = object()

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from typing import Any
 
-from double import answers, rules
+from double import answers, cel, rules
 from double.core import Kind
 from double.schemas import examine, quantity
 
@@ -38,6 +38,7 @@ def checked(kind: Kind, obj: Object, loose: str = "", old: Object | None = None)
     value: Object = found.value
     if not found.faults:
         rules.check(kind, value, found)
+        cel.check(_schema(kind, obj), value, old, "", found)
     if not found.faults and old is not None:
         rules.changed(kind, old, value, found)
     if found.faults:

@@ -6,7 +6,7 @@
     found.faults     # what is wrong, each with its path
 
 Types, enums, patterns, bounds, required fields, list and map types, int-or-string, nullable and formats are
-checked. CEL rules (x-kubernetes-validations), webhooks and RBAC are not: only a real cluster has those.
+checked. Of the CEL rules only the plainest are (see `cel`); webhooks and RBAC only a real cluster has.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
         api = Api.connect(...)           # with KUBECONFIG=double.kubeconfig(path)
         double.store.set_status("Pod", "team", "first-0", {"phase": "Running"})
 
-It speaks plain HTTP, knows no accounts, and runs no CEL, webhooks or RBAC; `faults` plays a cluster that has those
-against you. A request without fieldValidation is held to "Strict", where a cluster would only warn.
+It speaks plain HTTP, knows no accounts, runs no webhooks or RBAC and only the plainest CEL; `faults` plays a cluster
+that has those against you. A request without fieldValidation is held to "Strict", where a cluster would only warn.
 """
 
 from __future__ import annotations

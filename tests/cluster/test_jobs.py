@@ -14,7 +14,7 @@ import pytest
 from double.controller import Controller
 from double.server import Double
 
-from lesionflow.cluster import jobs, jobstate, manifests
+from lesionflow.cluster import jobs, jobstate, manifests, watch
 from lesionflow.cluster.api import Api
 from lesionflow.cluster.podlogs import PodLog
 from lesionflow.cluster.settings import Place, Settings
@@ -62,8 +62,8 @@ def cluster(request, crds, tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs")
     with Double(request.param, crds) as double, pytest.MonkeyPatch.context() as patch:
         patch.setenv("KUBECONFIG", str(double.kubeconfig(folder / "kubeconfig")))
-        patch.setattr(jobs, "POLL", 0.1)
-        patch.setattr(jobs, "VERDICT_PATIENCE", 1.0)
+        patch.setattr(watch, "POLL", 0.1)
+        patch.setattr(watch, "VERDICT_PATIENCE", 1.0)
         with Controller(double, netns=False, grace=3.0) as controller:
             kind = "PyTorchJob" if request.param == "kubeflow-1.8" else "TrainJob"
             yield Cluster(double, Api.connect(Settings()), controller, folder, kind)
@@ -204,19 +204,14 @@ def test_a_killed_node_comes_back(cluster):
     assert of_node(lines, 1)[-2:] == ["up", "done"] and of_node(lines, 0)[-1] == "done"
 
 
-@NEWER
+@EACH
 def test_restarts_end_somewhere(cluster):
     place = cluster.place(retries=1)
-    body = "print('error: told to stop'); sys.exit(143)"
-    running = Running(cluster, place, python(body))
-    if cluster.kind == "PyTorchJob":  # This operator restarts such pods for ever.
-        running.until("restarted (exit code 143: told to stop)")
-        cluster.api.delete(cluster.kind, place.job_name(KEY))
-        with pytest.raises(ClusterError, match="deleted"):
-            running.join()
-    else:
-        with pytest.raises(Preempted, match=r"told to stop .* given up after 1 restarts \(job.retries\)"):
-            running.join()
+    running = Running(cluster, place, python("print('error: told to stop'); sys.exit(143)"))
+    with pytest.raises(Preempted, match=r"told to stop \(node-\d of .* given up after 1 restarts \(job.retries\)"):
+        running.join()
+    assert sum("[node-1] restarted" in line for line in running.lines) == 1
+    assert cluster.kind == "TrainJob" or uid(cluster, place) is None, "this operator would restart it for ever"
 
 
 @EACH
@@ -256,6 +251,16 @@ def test_an_ended_job_is_made_anew_and_another_recipes_is_stopped(cluster):
     assert uid(cluster, place, OTHER) is None
 
 
+@NEWER
+def test_a_job_is_made_anew_with_settings_that_its_runtime_cannot_change(cluster):
+    place = cluster.place(retries=1)
+    jobs.train(cluster.api, place, KEY, python("print('once')"), tell=lambda line: None)
+    place = replace(place, settings=replace(place.settings, job=replace(place.settings.job, retries=2)))
+    lines = []
+    jobs.train(cluster.api, place, KEY, python("print('twice')"), tell=lines.append)
+    assert "[node-0] twice" in lines
+
+
 @OLDER
 def test_a_job_that_waits_is_made_anew_with_changed_settings(cluster):
     place = cluster.place()
@@ -287,7 +292,7 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_job_that_cannot_start_says_why_at_once_and_is_given_up(cluster, name, monkeypatch):
     plant, words = PLANTED[name]
-    monkeypatch.setattr(jobs, "find_causes", impatient(jobs.find_causes, 1.2))
+    monkeypatch.setattr(watch, "find_causes", impatient(watch.find_causes, 1.2))
     run = f"run{cluster.number + 1}"
     plant(cluster.controller, run)
     place = cluster.place()
@@ -310,7 +315,7 @@ def impatient(find, seconds):
 
 @NEWER
 def test_a_cause_that_goes_away_is_forgiven(cluster, monkeypatch):
-    monkeypatch.setattr(jobs, "find_causes", impatient(jobs.find_causes, 8))
+    monkeypatch.setattr(watch, "find_causes", impatient(watch.find_causes, 8))
     place = cluster.place()
     cluster.controller.fail_scheduling("1 Insufficient cpu", match=place.name)
     running = Running(cluster, place, python("print('up')"))
@@ -458,6 +463,46 @@ def test_the_launcher_is_what_the_cluster_has(double, api, missing, asked, found
             jobs.launcher(api, settings)
 
 
+def test_a_job_replaced_by_another_of_its_name_is_not_taken_for_it(double, api):
+    place = Place("first", Settings())
+    make = manifests.train_job(place, "first-aaaaaaaa", ["python"])
+    seen = watch.Watch(api, place, {"kind": "TrainJob", **api.create(make)}, patient=False)
+    double.store.delete("TrainJob", "team", "first-aaaaaaaa")
+    api.create(make)
+    with pytest.raises(ClusterError, match="was deleted while it was watched"):
+        list(seen.lines())
+
+
+def test_an_operator_that_makes_nothing_is_noticed(double, api, monkeypatch):
+    monkeypatch.setattr(watch, "POLL", 0.1)
+    monkeypatch.setattr(watch, "IDLE_PATIENCE", 0.3)
+    lines = []
+    with pytest.raises(ClusterError, match="no pod was made .* is its operator running"):
+        jobs.train(api, Place("first", Settings()), KEY, ["python"], tell=lines.append)
+    assert lines[0].startswith("made TrainJob") and api.list("TrainJob") == []
+
+
+def test_a_suspended_job_is_waited_for(double, api, monkeypatch):
+    monkeypatch.setattr(watch, "POLL", 0.1)
+    monkeypatch.setattr(watch, "IDLE_PATIENCE", 0.3)
+    place = Place("first", Settings())
+    lines = []
+
+    def status(kind):
+        now = "2026-01-01T00:00:00Z"
+        condition = {"type": kind, "status": "True", "reason": kind, "message": "", "lastTransitionTime": now}
+        double.store.set_status("TrainJob", "team", place.job_name(KEY), {"conditions": [condition]})
+
+    def tell(line):
+        lines.append(line)
+        if line.startswith("made"):
+            status("Suspended")
+            threading.Timer(1.0, status, ["Complete"]).start()
+
+    jobs.train(api, place, KEY, ["python"], tell=tell)
+    assert sum("is suspended" in line for line in lines) == 1
+
+
 def test_nobody_makes_a_job_for_a_local_launcher(api):
     place = Place("first", Settings.from_dict({"job": {"launcher": "local"}}))
     with pytest.raises(UsageError, match="without a job"):
@@ -484,8 +529,8 @@ def test_the_likeliest_cause_comes_first():
 class Tape:
     """A log endpoint that plays prepared streams; the last one ends with its container."""
 
-    def __init__(self, *streams, uids=()):
-        self.streams, self.uids, self.since = list(streams), list(uids), []
+    def __init__(self, *streams, uids=(), ended=False):
+        self.streams, self.uids, self.ended, self.since = list(streams), list(uids), ended, []
 
     def logs(self, name, *, container, since):
         self.since.append(since)
@@ -496,7 +541,7 @@ class Tape:
 
     def get(self, kind, name):
         found = self.uids.pop(0) if self.uids else "1"
-        ended = {} if self.streams else {"terminated": {"exitCode": 0}}
+        ended = {"terminated": {"exitCode": 0}} if self.ended or not self.streams else {}
         statuses = [{"name": "node", "state": ended}]
         return {"metadata": {"name": name, "uid": found}, "status": {"containerStatuses": statuses}}
 
@@ -525,5 +570,7 @@ def test_a_log_is_whole_whatever_its_connections_do():
     tape = Tape([at(5, "a", "+02:00"), "failed to watch the file: too many open files"], [at(6, "b", "+02:00")])
     assert played(tape) == ["[node-0] a", "[node-0] b"]
     assert tape.since[1] == "2025-12-31T22:00:04Z"
+    # A connection that breaks when the container has ended already.
+    assert played(Tape([at(1, "a"), None], [at(1, "a"), at(2, "b")], ended=True)) == ["[node-0] a", "[node-0] b"]
     # A restarted pod of the same name: its lines are for another reader.
     assert played(Tape([at(1, "new")], [], uids=["2", "2"])) == []

@@ -117,7 +117,9 @@ def pytorch_job(place: Place, name: str, command: Sequence[str], *, nodes: int |
 def training_runtime(place: Place, name: str) -> Object:
     """The TrainingRuntime our TrainJobs refer to: all that differs between Trainer 2.1 and 2.3 stays out of them.
 
-    A pod that ends with a permanent code fails its job, and so the whole set; any other end restarts the set.
+    A pod that ends with a permanent code fails its job, and so the whole set, as does the deadline; any other end
+    restarts the set. It has no time to live: Trainer (2.1, and 2.3 after a failure) makes a set that its TTL removed
+    anew and trains again, so the TrainJob stays until `cluster clean` takes it.
     """
     job = place.settings.job
     template = _pod(place, "node", [], False)
@@ -143,10 +145,13 @@ def training_runtime(place: Place, name: str) -> Object:
                 "failurePolicy": {
                     "maxRestarts": job.retries,
                     "rules": [
-                        {"name": "permanent", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+                        {
+                            "name": "permanent",
+                            "action": "FailJobSet",
+                            "onJobFailureReasons": ["PodFailurePolicy", "DeadlineExceeded"],
+                        }
                     ],
                 },
-                "ttlSecondsAfterFinished": job.ttl,
                 "replicatedJobs": [
                     {
                         "name": "node",

@@ -93,7 +93,7 @@ class Job:
     retries: int = bound(5, 0, 100)
     """Restarts after a preemption or a lost pod; refused data or a failed gate is never retried."""
     ttl: int = bound(86_400, 0)
-    """Seconds after its end until the cluster removes the job and its pods."""
+    """Seconds after its end until the cluster removes a PyTorchJob and its pods; a TrainJob stays until `clean`."""
     deadline: int = bound(0, 0)
     """Seconds the job may run; 0: no limit."""
 

@@ -357,6 +357,32 @@ def test_any_other_end_restarts_the_whole_set_up_to_its_limit(make: Make) -> Non
     assert all(len(attempts) < 2 for attempts in together)
 
 
+@pytest.mark.parametrize(
+    ("profile", "code", "end", "again"),
+    [
+        ("kubeflow-1.11", 3, "Failed", True),
+        ("trainer-2.3", 3, "Failed", True),
+        ("kubeflow-1.11", 0, "Complete", True),
+        ("trainer-2.3", 0, "Complete", False),
+    ],
+)
+def test_a_train_job_begins_again_once_its_job_set_is_gone(
+    make: Make, profile: str, code: int, end: str, again: bool
+) -> None:
+    double, _ = make(profile)
+    submit(double, "TrainJob", f"raise SystemExit({code})", nodes=1)
+    until(lambda: has(double, "TrainJob", end))
+    [first] = pods(double)
+    double.store.delete("JobSet", "team", "first-1")
+    if again:
+        until(lambda: pods(double) and pods(double)[0]["metadata"]["uid"] != first["metadata"]["uid"])
+    else:
+        until(lambda: not pods(double))
+        time.sleep(0.3)
+    until(lambda: has(double, "TrainJob", end))
+    assert bool(pods(double)) == again
+
+
 def test_without_its_runtime_a_train_job_makes_nothing_but_an_event(make: Make) -> None:
     double, _ = make()
     double.store.create(manifests.train_job(place(), "first-1", python("pass")))

@@ -39,7 +39,9 @@ from double.store import Refused
 from double.trainjob import JobSets, TrainJobs
 
 _IDLE, _RESYNC = 0.05, 0.5
+# What runs there; of profiles not named, Training Operator 1.9, Trainer 2.1 and KServe 0.20.
 _OPERATOR_RELEASE = {"kubeflow-1.8": (1, 7)}
+_TRAINER_RELEASE = {"trainer-2.3": (2, 3)}
 _KSERVE_RELEASE = {"kubeflow-1.8": (0, 11)}
 
 
@@ -85,7 +87,7 @@ class Controller:
         self._serving = InferenceServices(self.store, self._denied, kserve, triton_command)
         self.operators: list[Operator] = [
             PyTorchJobs(self.store, self._denied, release),
-            TrainJobs(self.store, self._denied),
+            TrainJobs(self.store, self._denied, _TRAINER_RELEASE.get(double.profile, (2, 1))),
             JobSets(self.store, self._denied),
             Jobs(self.store, self._denied),
             self._serving,

@@ -29,6 +29,9 @@ from double.store import Refused
 
 _BACKOFF = (0.2, 0.5, 1.0, 2.0)
 
+DEFAULT_SCHEDULER = "default-scheduler"
+"""Pods that name another are left to it."""
+
 
 @dataclass
 class Instance:
@@ -104,7 +107,7 @@ class Kubelet:
                 self._remove(instance)
         elif instance:
             self._observe(pod, instance)
-        else:
+        elif pod["spec"].get("schedulerName", DEFAULT_SCHEDULER) == DEFAULT_SCHEDULER:
             self._admit(pod)
 
     def _admit(self, pod: Object) -> None:

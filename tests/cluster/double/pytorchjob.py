@@ -1,9 +1,10 @@
 """The Training Operator's PyTorchJob controller, releases 1.7 to 1.9.
 
-Three of its habits that a client must know are kept:
+Habits of it that a client must know are kept:
 
 - With restartPolicy ExitCode, `backoffLimit` (unless 0) does not bound restarts: the pod is made anew, so its
   restart count stays 0, and the operator counts nothing else.
+- It sets PYTHONUNBUFFERED over the job's own value, release 1.7 to 0, which buffers.
 - Release 1.7 leaves a job whose pod ended with a permanent exit code in Restarting, for ever; since 1.8 it is Failed.
 - A job failed by a permanent exit code has no completionTime, so its ttlSecondsAfterFinished never removes it.
 """
@@ -140,7 +141,7 @@ class PyTorchJobs(Operator):
         policy = spec.get("restartPolicy", "Never")
         template["spec"]["restartPolicy"] = "Never" if policy == "ExitCode" else policy
         for container in template["spec"]["containers"]:
-            for key, value in environment(job, kind, index).items():
+            for key, value in environment(job, kind, index, self.release).items():
                 set_variable(container, key, value)
             ports = container.get("ports", [])
             if container["name"] == "pytorch" and not any(p.get("name") == _PORT_NAME for p in ports):
@@ -227,12 +228,12 @@ class PyTorchJobs(Operator):
         set_condition(status, kind, value, reason, text, lastUpdateTime=now())
 
 
-def environment(job: Object, kind: str, index: int) -> dict[str, str]:
+def environment(job: Object, kind: str, index: int, release: tuple[int, int]) -> dict[str, str]:
     """The variables of one replica; WORLD_SIZE counts processes, RANK counts pods."""
     replicas = dict(_replicas(job))
     total = sum(spec.get("replicas", 1) for spec in replicas.values())
     processes = str(job["spec"].get("nprocPerNode", "auto"))
-    found = {"PYTHONUNBUFFERED": "0"}
+    found = {"PYTHONUNBUFFERED": "1" if release >= (1, 8) else "0"}
     if "Master" in replicas:
         rank = str(index + (kind == "Worker"))
         containers = replicas["Master"]["template"]["spec"]["containers"]

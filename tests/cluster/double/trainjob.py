@@ -11,7 +11,7 @@ import hashlib
 from typing import Any
 
 from double.objects import Object, age, child, condition, holds, name_of, namespace_of, set_condition, set_variable
-from double.operator import Operator
+from double.operator import Denied, Operator
 from double.schemas import quantity
 
 _SET = "jobset.sigs.k8s.io"
@@ -21,7 +21,15 @@ _INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
 class TrainJobs(Operator):
-    """Fills in the runtime, makes a JobSet of it and copies its status. A missing runtime is an event, no condition."""
+    """Fills in the runtime, makes a JobSet of it and copies its status. A missing runtime is an event, no condition.
+
+    Releases until late 2026 forget a failure once its JobSet is gone (by its ttlSecondsAfterFinished, say) and
+    make a new one, with all its restarts before it; release 2.1 even for a job that was complete. So does this.
+    """
+
+    def __init__(self, store: object, denied: Denied, release: tuple[int, int]) -> None:
+        super().__init__(store, denied)
+        self.release = release
 
     def reconcile(self) -> None:
         for job in self.objects("TrainJob"):
@@ -31,7 +39,7 @@ class TrainJobs(Operator):
         status = copy.deepcopy(job.get("status") or {})
         suspended = bool(job["spec"].get("suspend"))
         made = self.store.get("JobSet", namespace_of(job), name_of(job))
-        if made is None and not (holds(status, "Complete") or holds(status, "Failed")):
+        if made is None and not (holds(status, "Complete") and self.release > (2, 1)):
             reference = job["spec"]["runtimeRef"]
             kind = reference.get("kind", "ClusterTrainingRuntime")
             where = "" if kind == "ClusterTrainingRuntime" else namespace_of(job)
@@ -45,6 +53,7 @@ class TrainJobs(Operator):
             extra = runtime["spec"]["template"].get("metadata", {}).get("labels", {})
             labels = extra | job["spec"].get("labels", {})
             made = self.make(job, child(job, "JobSet", "jobset.x-k8s.io/v1alpha2", name_of(job), body, labels))
+            status["conditions"] = [c for c in status.get("conditions", []) if c["type"] != "Failed"]
         elif made is not None and bool(made["spec"].get("suspend")) != suspended:
             made = self.store.update(made | {"spec": made["spec"] | {"suspend": suspended}})
         if suspended:

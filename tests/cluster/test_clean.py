@@ -10,7 +10,7 @@ import pytest
 from double.controller import Controller
 
 from lesionflow.cluster import clean as cleaning
-from lesionflow.cluster import jobs, manifests
+from lesionflow.cluster import jobs, manifests, watch
 from lesionflow.cluster.api import KINDS, Api
 from lesionflow.cluster.clean import Found, clean
 from lesionflow.cluster.settings import Place, Settings
@@ -23,7 +23,7 @@ CLAIM = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage":
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(cleaning, "POLL", 0.05)
-    monkeypatch.setattr(jobs, "POLL", 0.1)
+    monkeypatch.setattr(watch, "POLL", 0.1)
 
 
 def objects_of(place, launcher="trainjob"):
@@ -59,7 +59,7 @@ def bystanders(store):
             ("v1", "ConfigMap", {"data": {"a": "b"}}),
             ("v1", "Secret", {"data": {"a": "Yg=="}}),
             ("v1", "PersistentVolumeClaim", {"spec": CLAIM}),
-            ("v1", "Pod", {"spec": {"containers": [{"name": "node", "image": "x"}]}}),
+            ("v1", "Pod", {"spec": {"containers": [{"name": "node", "image": "x"}], "nodeName": "node-1"}}),
         ):
             metadata = {"name": f"first-{kind.lower()}-{number}", "labels": their}
             made.append(store.create({"apiVersion": version, "kind": kind, "metadata": metadata, **body}, "team"))
@@ -206,8 +206,9 @@ def test_what_cannot_go_is_named_with_what_holds_it(double, api):
 def test_a_server_that_ignores_selectors_costs_nobody_anything(double, api, monkeypatch):
     others = bystanders(double.store)
     before = snapshot(double.store, others)
-    everything = Api.list
-    monkeypatch.setattr(Api, "list", lambda self, kind, labels="", fields="": everything(self, kind))
+    whole = Api.list
+    monkeypatch.setattr(Api, "list", lambda self, kind, labels="", fields="": whole(self, kind))
+    api.create(manifests.network_policy(Place("second", SETTINGS)))
     api.create(manifests.network_policy(Place("first", SETTINGS)))
     assert [f.name for f in clean(api, "first", remove=True)] == ["first-train"]
     assert snapshot(double.store, others) == before

@@ -10,7 +10,7 @@ from double.server import Double
 
 from lesionflow.cluster import manifests
 from lesionflow.cluster.api import Api
-from lesionflow.cluster.explain import LONG, SLOW, SOON, explain, find_causes
+from lesionflow.cluster.explain import LONG, SLOW, SOON, explain, find_causes, pulling
 from lesionflow.cluster.settings import Place, Settings
 
 PLACE = Place("first", Settings.from_dict({"job": {"memory": "8Gi"}}))
@@ -339,6 +339,13 @@ def test_what_is_well_or_speaks_for_itself_has_no_cause(cluster, put):
     refused = ended(3, message="error: row 7 has no age")
     pods = [put(status) for status in (running, starting, refused, PENDING, ended(0, "Completed"))]
     assert explain(cluster.api, pods) == ""
+
+
+def test_a_long_pull_is_no_trouble_but_told(cluster, put):
+    pod = put(waiting("ContainerCreating"), ("Pulling", 'Pulling image "registry/train:1"'))
+    assert pulling(cluster.api, pod) == "registry/train:1" and explain(cluster.api, [pod]) == ""
+    assert pulling(cluster.api, put(waiting("ContainerCreating"))) == ""
+    assert pulling(cluster.api, put({"phase": "Running", "containerStatuses": [container(running={})]})) == ""
 
 
 def test_the_same_cause_of_many_pods_is_told_once(cluster, put):

@@ -477,7 +477,7 @@ def test_an_operator_that_makes_nothing_is_noticed(double, api, monkeypatch):
     monkeypatch.setattr(watch, "POLL", 0.1)
     monkeypatch.setattr(watch, "IDLE_PATIENCE", 0.3)
     lines = []
-    with pytest.raises(ClusterError, match="no pod was made .* is its operator running"):
+    with pytest.raises(ClusterError, match=r"no pod was made .* is its operator running"):
         jobs.train(api, Place("first", Settings()), KEY, ["python"], tell=lines.append)
     assert lines[0].startswith("made TrainJob") and api.list("TrainJob") == []
 

@@ -70,6 +70,16 @@ def cause_of(api: Api, pod: Object) -> Cause | None:
     )
 
 
+def pulling(api: Api, pod: Object) -> str:
+    """The image a pod's node is fetching at the moment, which may take minutes; empty if none."""
+    states = [c.get("state", {}).get("waiting", {}) for c in pod.get("status", {}).get("containerStatuses", [])]
+    if not any(state.get("reason") in ("ContainerCreating", "PodInitializing") for state in states):
+        return ""
+    last = next((e for e in reversed(_events(api, pod)) if e.get("reason") in ("Pulling", "Pulled")), {})
+    found = re.match(r'Pulling image "(.+)"', last.get("message", ""))
+    return found[1] if found else ""
+
+
 def _pod_reason(api: Api, pod: Object) -> Iterator[Cause]:
     """Ends that the kubelet or the scheduler decided, not the program."""
     name, status = pod["metadata"]["name"], pod.get("status", {})

@@ -85,7 +85,9 @@ def phase_of(job: Object) -> str:
 def state_of(api: Api, job: Object, pods: Objects) -> JobState:
     """One job's state, from its object and its pods."""
     status, phase = job.get("status", {}), phase_of(job)
-    nodes, ready = nodes_of(job), sum(_is_ready(pod) for pod in pods)
+    nodes = nodes_of(job)
+    # A job that is done may have lost its pods.
+    ready = nodes if phase == "Succeeded" else sum(_is_ready(pod) for pod in pods)
     restarts = restarts_of(api, job)
     if phase == "Created" and job["kind"] == "TrainJob":
         running = len(pods) == nodes and all(pod.get("status", {}).get("phase") == "Running" for pod in pods)
@@ -171,6 +173,11 @@ def condemned(pods: Objects, codes: Sequence[int] = ()) -> Objects:
         return (0 if said else 2 if stopped else 1, ended.get("finishedAt", ""), node_of(pod))
 
     return sorted(failed, key=rank)
+
+
+def has_begun(pod: Object) -> bool:
+    """Whether a pod's training container runs, or ran."""
+    return bool(trainer_of(pod).get("state", {}).keys() & {"running", "terminated"})
 
 
 def missing_owners(api: Api, job: Object, pods: Objects) -> Objects:

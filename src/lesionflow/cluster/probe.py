@@ -22,6 +22,7 @@ from lesionflow.cluster.jobstate import (
     KINDS,
     condemned,
     ended_of,
+    has_begun,
     launcher,
     missing_owners,
     node_of,
@@ -219,7 +220,7 @@ def _await(api: Api, kind: str, name: str, timeout: float) -> list[Object]:
         if done and (seen := [_seen(api, pod) for pod in pods]) and all(seen):
             return seen
         failed = condemned(pods)
-        waiting = [pod for pod in pods if not trainer_of(pod).get("state", {}).keys() & {"running", "terminated"}]
+        waiting = [pod for pod in pods if not has_begun(pod)]
         owners = missing_owners(api, job, pods)
         causes = find_causes(api, waiting, owners) if waiting or owners else []
         given_up = any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -11,6 +12,9 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 Object = dict[str, Any]
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""As `lesionflow ask` goes: a proxy for the world outside doesn't know the cluster's names."""
 
 
 def service_url(live: Object) -> str | None:
@@ -28,7 +32,7 @@ def service_url(live: Object) -> str | None:
 
 def revision_url(live: Object) -> str | None:
     """The newest revision's own address, None until it takes requests."""
-    part = ((live.get("status") or {}).get("components") or {}).get("predictor") or {}
+    part = predictor_status(live)
     for target in part.get("traffic") or []:
         if target.get("latestRevision") and target.get("url") and newest_is_ready(live):
             local = (part.get("address") or {}).get("url")
@@ -40,10 +44,16 @@ def revision_url(live: Object) -> str | None:
 
 
 def newest_is_ready(live: Object) -> bool:
-    part = ((live.get("status") or {}).get("components") or {}).get("predictor") or {}
+    """Whether the newest revision of a serverless service is ready."""
+    part = predictor_status(live)
     return bool(part.get("latestCreatedRevision")) and part.get("latestCreatedRevision") == part.get(
         "latestReadyRevision"
     )
+
+
+def predictor_status(live: Object) -> Object:
+    """What the status says about the predictor: revisions, traffic, address; empty if nothing yet."""
+    return ((live.get("status") or {}).get("components") or {}).get("predictor") or {}
 
 
 def served_bundle(url: str, model: str) -> tuple[str | None, str]:
@@ -52,15 +62,14 @@ def served_bundle(url: str, model: str) -> tuple[str | None, str]:
     The version is "" if something else answers, None if nothing does.
     """
     try:
-        request = urllib.request.Request(f"{url}/v2/models/{quote(model, safe='')}")  # noqa: S310 - the cluster's own
-        with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
+        with _DIRECT.open(f"{url}/v2/models/{quote(model, safe='')}", timeout=5) as answer:
             version = str(json.load(answer)["parameters"]["bundle"])
             return version, f"{url} answers with bundle {version}"
     except urllib.error.HTTPError as error:
         return "", f"{url} answers {error.code}"
     except (ValueError, KeyError, TypeError):
         return "", f"{url} is no lesionflow service"
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         return None, str(getattr(error, "reason", None) or error)
 
 

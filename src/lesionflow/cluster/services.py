@@ -29,7 +29,7 @@ from typing import Any
 
 from lesionflow.bundle import Bundle
 from lesionflow.cluster import manifests
-from lesionflow.cluster.addresses import newest_is_ready, revision_url, served_bundle, service_url
+from lesionflow.cluster.addresses import newest_is_ready, predictor_status, revision_url, served_bundle, service_url
 from lesionflow.cluster.api import Api
 from lesionflow.cluster.explain import find_causes
 from lesionflow.cluster.settings import Place
@@ -195,13 +195,12 @@ def _restore(api: Api, place: Place) -> None:
     restored["metadata"] |= {"labels": old["labels"], "annotations": old["annotations"]}
     if _is_serverless(old["annotations"]):
         # Without the 0, "the latest revision that is ready" would be the refused one until the restored one is.
-        bad = live["status"]["components"]["predictor"].get("latestCreatedRevision")
+        bad = predictor_status(live).get("latestCreatedRevision")
         old["spec"]["predictor"]["canaryTrafficPercent"] = 0
 
         def back() -> bool:
             found = api.get(KIND, name) or {}
-            part = found.get("status", {}).get("components", {}).get("predictor", {})
-            return newest_is_ready(found) and part["latestCreatedRevision"] != bad
+            return newest_is_ready(found) and predictor_status(found)["latestCreatedRevision"] != bad
 
         api.apply(restored)
         api.wait(back, timeout=place.settings.serving.timeout, what=f"{name}: going back to the old model")

@@ -40,7 +40,7 @@ def answer(double: Double, path: list[str], accept: str) -> tuple[bytes, str] | 
             return None
     elif path == ["openapi", "v2"]:
         if "protobuf" in accept:
-            return _EMPTY_SWAGGER, "application/com.github.proto-openapi.spec.v2@v1.0+protobuf"
+            return _EMPTY_SWAGGER, "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"
         found = {"swagger": "2.0", "info": {"title": "double", "version": "1"}, "paths": {}, "definitions": {}}
     elif path == ["openapi", "v3"]:
         versions = sorted({_prefix(k.group, v) for k in _served(double) for v in k.schemas})

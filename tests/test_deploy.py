@@ -308,14 +308,17 @@ def test_an_overlay_is_what_the_same_settings_make(
     assert named(build(version, device, *form)) == named(expected)
 
 
+@pytest.fixture(scope="module")
+def crds() -> Path:
+    folder = Path(os.environ.get("LESIONFLOW_CRDS", ROOT.parent / "shared" / "crds"))
+    return folder if folder.is_dir() else pytest.skip(f"no upstream CRDs in {folder}: set LESIONFLOW_CRDS")
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Callable[[str], Any]:
+def store(tmp_path: Path, crds: Path) -> Callable[[str], Any]:
     """`store(profile)` -> an empty cluster that validates against that profile's schemas."""
     from double.store import Store
 
-    crds = Path(os.environ.get("LESIONFLOW_CRDS", ROOT.parent / "shared" / "crds"))
-    if not crds.is_dir():
-        pytest.skip(f"no upstream CRDs in {crds}: set LESIONFLOW_CRDS")
     return lambda profile: Store(profile, crds, tmp_path / profile)
 
 
@@ -340,6 +343,32 @@ def test_every_object_of_every_overlay_is_valid(
         cluster.create(obj)
     for obj in objects:
         assert cluster.get(obj["kind"], obj["metadata"].get("namespace", ""), obj["metadata"]["name"])
+
+
+@pytest.mark.parametrize(("version", "profile"), [("kubeflow-1.8", "kubeflow-1.8"), ("kubeflow-1.11", "trainer-2.3")])
+def test_kubectl_applies_an_overlay_and_finds_nothing_to_change_afterwards(
+    kubectl: str, crds: Path, tmp_path: Path, version: str, profile: str
+) -> None:
+    """As in the tutorial: a server-side dry run, which stores nothing, the real thing, and what differs then."""
+    from double.server import Double
+
+    with Double(profile, crds) as double:
+        double.store.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
+        config = double.kubeconfig(tmp_path / "kubeconfig", namespace=NAMESPACE)
+        overlay = str(ROOT / "deploy" / "kustomize" / "overlays" / version / "cpu")
+
+        def run(*words: str) -> str:
+            command = [kubectl, "--kubeconfig", str(config), *words, "-k", overlay]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout
+
+        dry = run("apply", "--dry-run=server").splitlines()
+        assert len(dry) >= 10
+        assert not double.store.list("PersistentVolumeClaim", NAMESPACE)
+        assert all("created" in line for line in run("apply").splitlines())
+        assert len(double.store.list("PersistentVolumeClaim", NAMESPACE)) == 3
+        assert run("diff") == "", "diff exits 1 where something differs"
 
 
 def test_an_overlay_for_another_version_is_refused(

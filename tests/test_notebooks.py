@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ HERE: dict[str, Any] = {
     "RECIPE": "tiny.toml",
 }
 """What the parameters cells get here: no cluster, a small data set, a network of a second's training."""
+TOKEN = "KGAT_" + "0123456789abcdef" * 2
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -63,7 +65,7 @@ def run_notebook(
     def run(path: Path, **more: Any) -> nbformat.NotebookNode:
         notebook = read(path)
         cell = parameters(notebook)
-        values = {"CLUSTER": False} if path.stem == "03_client" else {**HERE, **more}
+        values = {"CLUSTER": False, **more} if path.stem == "03_client" else {**HERE, **more}
         cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in values.items())
         where = {"metadata": {"path": str(folder)}}
         return NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
@@ -72,7 +74,6 @@ def run_notebook(
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         patch.setenv("IPYTHONDIR", str(folder.parent / "ipython"))
         patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-        patch.delenv("KUBECONFIG", raising=False)
         yield run
 
 
@@ -127,6 +128,69 @@ def test_a_refusing_gate_stops_the_notebook_with_its_reason(
     with pytest.raises(CellExecutionError, match="which step failed, and why") as stopped:
         run_notebook(NOTEBOOKS[1], OVERRIDES=[*HERE["OVERRIDES"], "gate.pauc_floor=0.2"])
     assert "the gate refuses this model" in str(stopped.value)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A double whose jobs and services are processes here, with KUBECONFIG pointing to it; gives the controller."""
+    from double.controller import Controller
+    from double.server import Double
+
+    crds = Path(os.environ.get("LESIONFLOW_CRDS", ROOT.parent / "shared" / "crds"))
+    if not crds.is_dir():
+        pytest.skip(f"no upstream CRDs in {crds}: set LESIONFLOW_CRDS")
+    with Double("kubeflow-1.11", crds) as double:
+        monkeypatch.setenv("KUBECONFIG", str(double.kubeconfig(tmp_path / "kubeconfig")))
+        with Controller(double, {"first-models": tmp_path / "models"}, netns=False, grace=1.0) as controller:
+            yield controller
+
+
+def test_01_on_a_cluster_stores_the_token_and_ends_with_a_probe_job(
+    run_notebook: Callable[..., nbformat.NotebookNode], cluster: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "small.toml").write_text('[job]\ncpu = "500m"\nmemory = "1Gi"\n')
+    done = run_notebook(
+        NOTEBOOKS[0], CLUSTER=None, TOKEN_FILE=str(tmp_path / "token"), SETTINGS=str(tmp_path / "small.toml")
+    )
+    text = printed(done)
+    assert "this runs on the cluster" in text
+    assert re.search(r"stored the Kaggle token from \S+ as\s+secret kaggle", text)
+    assert re.search(r"^ok +probe ", text, re.MULTILINE)
+    assert TOKEN not in nbformat.writes(done)
+    assert cluster.store.get("Secret", "team", "kaggle")
+
+
+@pytest.mark.slow
+def test_01_on_a_cluster_that_is_not_ready_stops_there(
+    run_notebook: Callable[..., nbformat.NotebookNode], cluster: Any, tmp_path: Path
+) -> None:
+    from nbclient.exceptions import CellExecutionError
+
+    (tmp_path / "large.toml").write_text("[job]\nnodes = 40\n")
+    with pytest.raises(CellExecutionError, match="repair what is marked fail"):
+        run_notebook(NOTEBOOKS[0], CLUSTER=None, SETTINGS=str(tmp_path / "large.toml"))
+
+
+def test_03_on_a_cluster_finds_the_service_and_lists_what_would_be_removed(
+    run_notebook: Callable[..., nbformat.NotebookNode], cluster: Any, tmp_path: Path, bundle_dir: Path
+) -> None:
+    from lesionflow.cluster import manifests, services
+    from lesionflow.cluster.api import Api
+    from lesionflow.cluster.settings import Place, Settings
+
+    place = Place("first", Settings.load(overrides=["image.packaged=true"]))
+    api = Api.connect(place.settings)
+    api.create(manifests.claims(place)[2])
+    run = tmp_path / "models" / "runs" / "first"
+    shutil.copytree(bundle_dir, run / "bundle")
+    deployed = services.deploy(api, place, run)
+    services.settle(api, place, run, passed=True)
+    text = printed(run_notebook(NOTEBOOKS[2], CLUSTER=None, NAME="first"))
+    assert deployed["url"] in text
+    assert len(re.findall(r"^\d\. \S+  \d\.\d{3}$", text, re.MULTILINE)) == 5
+    assert "would remove InferenceService skin-cancer-detection" in text
+    assert api.get("InferenceService", "skin-cancer-detection"), "and only lists it"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -96,7 +96,8 @@ def train(run: str, ticket: str, processes: int, name: str, settings: str) -> st
 
     with _step(run, "train"):
         if not keys.is_done(Path(run), "train", _key(ticket)):
-            command = [place.python, "-m", "lesionflow", "train", "--out", run]
+            # -u: an operator may ask for buffered output, which would keep the log back.
+            command = [place.python, "-u", "-m", "lesionflow", "train", "--out", run]
             command += ["--processes", str(place.settings.job.processes)]
             jobs.train(Api.connect(place.settings), place, _key(ticket), command, tell=_tell)
         if not keys.is_done(Path(run), "train", _key(ticket)):

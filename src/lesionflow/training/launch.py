@@ -6,7 +6,7 @@ nodes, means torchrun. It is run as a child: it turns every failure into exit co
 container's first process must end with ours (`errors`), which the workers leave in status files.
 
 The operators' environments are both understood: Trainer v2 sets PET_*, the Training Operator
-MASTER_ADDR, MASTER_PORT, WORLD_SIZE (nodes) and RANK (node).
+MASTER_ADDR, MASTER_PORT, WORLD_SIZE (nodes, or all processes) and RANK (the node).
 """
 
 from __future__ import annotations

@@ -381,7 +381,7 @@ def test_whoever_stops_watching_leaves_the_job_running(cluster, number):
     with pytest.raises(expected) as caught:
         jobs.train(cluster.api, place, KEY, python("print('up')\ntime.sleep(60)"), tell=tell)
     said = str(caught.value) if number == signal.SIGTERM else lines[-1]
-    assert "the job goes on" in said and f"lesionflow cluster clean {place.name} --remove" in said
+    assert "the job goes on" in said and f"lesionflow cluster clean {place.name} --yes" in said
     assert signal.getsignal(signal.SIGTERM) is before
     assert jobs.states(cluster.api, place)[0].phase in ("Created", "Running")
     cluster.api.delete(cluster.kind, place.job_name(KEY))

@@ -128,7 +128,7 @@ def _leaving(place: Place, tell: Callable[[str], object]) -> Iterator[None]:
     """Say what becomes of the job when its watcher is stopped."""
     note = (
         "stopped watching; the job goes on in the cluster: run this again to join it, "
-        f"`lesionflow cluster logs {place.name}` shows it, `lesionflow cluster clean {place.name} --remove` stops it"
+        f"`lesionflow cluster logs {place.name}` shows it, `lesionflow cluster clean {place.name} --yes` stops it"
     )
 
     def stop(signum: int, frame: FrameType | None) -> Never:

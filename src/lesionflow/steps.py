@@ -362,7 +362,8 @@ def deploy(run: Path, *, port: int = 0) -> dict[str, Any]:
 
     run = run.resolve()
     keys.require(run, "export")
-    undeploy(run)
+    if (run / "deploy.json").exists() and keys.read_json(run / "deploy.json")["kind"] == "local":
+        undeploy(run)
     url, pid = local.start(run / "bundle", run / "serving.log", port=port)
     deployed = {"url": url, "pid": pid, "kind": "local"}
     keys.write_json(run / "deploy.json", deployed)
@@ -400,13 +401,19 @@ def smoke(run: Path, url: str | None = None) -> dict[str, Any]:
 
 
 def undeploy(run: Path) -> None:
-    """End the run's local service, if one is running."""
+    """End the run's local service, if one is running. Raises `UsageError` for a model served on a cluster."""
     from lesionflow.serving import local
 
     run = run.resolve()
-    if (run / "deploy.json").exists():
-        local.stop(run / "bundle", keys.read_json(run / "deploy.json")["pid"])
-        (run / "deploy.json").unlink(missing_ok=True)
+    if not (run / "deploy.json").exists():
+        return
+    deployed = keys.read_json(run / "deploy.json")
+    if deployed["kind"] != "local":
+        raise UsageError(
+            f"{run}: served on a cluster as {deployed['name']}; `lesionflow cluster clean` lists what is there"
+        )
+    local.stop(run / "bundle", deployed["pid"])
+    (run / "deploy.json").unlink(missing_ok=True)
 
 
 def run_all(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from double.answers import Refused
+from double.answers import Refused, timestamp
 from double.schemas import examine, quantity
 from double.server import Double
 
@@ -39,6 +39,10 @@ def config_map(name: str, **data: str) -> Object:
 def train_job(name: str, **trainer: Any) -> Object:
     spec = {"runtimeRef": {"name": "torch-distributed"}, "trainer": {"numNodes": 2, **trainer}}
     return {"apiVersion": "trainer.kubeflow.org/v1alpha1", "kind": "TrainJob", "metadata": {"name": name}, "spec": spec}
+
+
+def condition(type_: str) -> Object:
+    return {"type": type_, "status": "True", "reason": type_, "message": "", "lastTransitionTime": timestamp()}
 
 
 def owned(obj: Object, owner: Object) -> Object:
@@ -224,6 +228,30 @@ def test_apply_takes_back_what_it_no_longer_says(api: Api, double: Double) -> No
     assert again["metadata"]["resourceVersion"] == made["metadata"]["resourceVersion"]
 
 
+def test_what_two_appliers_say_stays_until_both_take_it_back(double: Double) -> None:
+    store, labelled = double.store, {"metadata": {"name": "first", "labels": {"a": "b"}}}
+    whole, bare = train_job("first") | labelled, train_job("first")
+    store.apply(whole, "team", "one", force=False)
+    store.apply(whole, "team", "two", force=False)
+    assert store.apply(bare, "team", "one", force=False)[0]["metadata"]["labels"] == {"a": "b"}
+    assert "labels" not in store.apply(bare, "team", "two", force=False)[0]["metadata"]
+
+
+def test_only_the_status_subresource_writes_a_status(api: Api, double: Double) -> None:
+    done = {"conditions": [condition("Complete")]}
+    api.create({**train_job("first"), "status": done})
+    api.patch("TrainJob", "first", {"status": done, "spec": {"suspend": True}})
+    job = api.get("TrainJob", "first")
+    assert job
+    assert (job.get("status"), job["spec"]["suspend"]) == (None, True)
+    api.patch("TrainJob", "first/status", {"status": done, "spec": {"suspend": False}})
+    job = api.get("TrainJob", "first")
+    assert job
+    assert (job["status"], job["spec"]["suspend"]) == (done, True)
+    with pytest.raises(Refused, match="unknown field"):
+        double.store.set_status("TrainJob", "team", "first", {"phase": "Done"})
+
+
 def test_dry_run_stores_nothing(api: Api) -> None:
     assert api.apply(train_job("first"), dry_run=True)["metadata"]["uid"]
     assert api.create(train_job("first"), dry_run=True)["metadata"]["uid"]
@@ -293,6 +321,29 @@ def test_logs_are_followed_to_the_end(api: Api, double: Double) -> None:
     assert api.tail("first", previous=True).splitlines()[0] == "line 0"
 
 
+def test_logs_come_in_whole_lines_and_from_a_second_on(api: Api, double: Double) -> None:
+    api.create(pod("first"))
+    log = double.store.log_path("team", "first", "main")
+    log.write_text("one\n")
+    running(double, "first")
+    lines = api.logs("first")
+    began, _, text = next(lines).partition(" ")
+    assert text == "one"
+    with log.open("a") as file:
+        file.write("half a ")
+        file.flush()
+        time.sleep(0.3)
+        file.write("line\n")
+    assert next(lines).partition(" ")[2] == "half a line"
+    # As a kubelet does: what was written in the second that is asked for comes again.
+    assert next(api.logs("first", since=began)).partition(" ")[2] == "one"
+    double.faults["cut_logs"] = 1
+    with pytest.raises(Exception, match=r"IncompleteRead|Connection broken|InvalidChunkLength|ended prematurely"):
+        list(api.logs("first"))
+    with pytest.raises(ClusterError, match="container other is not valid for pod first"):
+        next(api.logs("first", container="other"))
+
+
 # --- The Python client
 
 
@@ -320,8 +371,7 @@ def test_the_python_client_reads_and_writes(double: Double, python_client: Any) 
     # Sends a JSON patch header for a merge patch body, as its users know; other versions of it don't.
     changed = custom.patch_namespaced_custom_object(*where, "first", {"spec": {"suspend": True}})
     assert changed["spec"]["suspend"] is True
-    status = {"conditions": [{"type": "Complete", "status": "True", "reason": "Done", "message": ""}]}
-    status["conditions"][0]["lastTransitionTime"] = "2026-01-01T00:00:00Z"
+    status = {"conditions": [condition("Complete")]}
     custom.patch_namespaced_custom_object_status(*where, "first", {"status": status})
     assert custom.get_namespaced_custom_object(*where, "first")["status"] == status
     with pytest.raises(client.ApiException) as caught:
@@ -435,10 +485,7 @@ def test_kubectl_waits_reads_logs_and_deletes(kubectl: Kubectl, double: Double) 
     log.write_text("hello\n")
 
     def act() -> None:
-        condition = {"type": "Complete", "status": "True", "reason": "Done", "message": ""}
-        double.store.set_status(
-            "TrainJob", "team", "first", {"conditions": [{**condition, "lastTransitionTime": "2026-01-01T00:00:00Z"}]}
-        )
+        double.store.set_status("TrainJob", "team", "first", {"conditions": [condition("Complete")]})
         with log.open("a") as file:
             file.write("world\n")
         running(double, "first", terminated={"exitCode": 0})

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lesionflow.training.launch import Nodes, _torchrun
+from lesionflow import steps
+from lesionflow.errors import UsageError
+from lesionflow.recipe import Recipe
+from lesionflow.training.launch import Nodes, _cores, _threads, _torchrun
 from lesionflow.training.status import Outcome, collect, report
 
 TINY = ["--set", "model.backbone=mobilenetv3_small_050", "--set", "model.weights=none", "--set", "image.size=32",
@@ -147,3 +150,37 @@ def test_the_first_rank_that_failed_by_itself_decides(tmp_path: Path, monkeypatc
     assert collect(tmp_path, 1).code == 143
     assert collect(tmp_path / "empty", 1) == Outcome(1)
     assert "RANK" in os.environ
+
+
+def test_threads_stay_within_a_containers_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quota = tmp_path / "cpu.max"
+    quota.write_text("100000 100000\n")
+    assert _cores(quota) == 1
+    quota.write_text("50000 100000\n")
+    assert _cores(quota) == 1, "half a core is still one thread"
+    quota.write_text("max 100000\n")
+    assert _cores(quota) == len(os.sched_getaffinity(0))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert _threads(1000) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert _threads(1000) == 3, "who asked for a number gets it"
+
+
+def test_a_lost_rank_is_a_preemption_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lesionflow.training.run import _lost_peer
+
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:1: Connection reset by peer.")
+    assert not _lost_peer(gone), "alone, there is no peer"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _lost_peer(gone)
+    assert not _lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not _lost_peer(ValueError("Connection reset by peer"))
+
+
+def test_a_node_of_a_job_begins_nothing(
+    tmp_path: Path, synthetic: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PET_NNODES", "2")
+    with pytest.raises(UsageError, match="prepare and split the run on one machine first"):
+        steps.begin(tmp_path / "run", tiny_recipe, synthetic)
+    assert not (tmp_path / "run").exists()

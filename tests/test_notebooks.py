@@ -142,6 +142,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     with Double("kubeflow-1.11", crds) as double:
         monkeypatch.setenv("KUBECONFIG", str(double.kubeconfig(tmp_path / "kubeconfig")))
         with Controller(double, {"first-models": tmp_path / "models"}, netns=False, grace=1.0) as controller:
+            controller.double = double
             yield controller
 
 
@@ -191,6 +192,33 @@ def test_03_on_a_cluster_finds_the_service_and_lists_what_would_be_removed(
     assert len(re.findall(r"^\d\. \S+  \d\.\d{3}$", text, re.MULTILINE)) == 5
     assert "would remove InferenceService skin-cancer-detection" in text
     assert api.get("InferenceService", "skin-cancer-detection"), "and only lists it"
+
+
+@pytest.mark.slow
+def test_02_and_03_on_a_cluster_from_the_volumes_to_an_answer(
+    run_notebook: Callable[..., nbformat.NotebookNode], cluster: Any, synthetic: Path, tmp_path: Path
+) -> None:
+    """The pipeline's API is a stand-in that runs what was submitted; jobs and the service are real processes."""
+    from double.pipelines import Pipelines
+
+    mount = tmp_path / "volumes"
+    cluster.volumes |= {f"first-{name}": mount / name for name in ("data", "logs", "models")}
+    shutil.copytree(synthetic, mount / "data" / "synthetic")
+    for name in ("logs", "models"):
+        (mount / name).mkdir()
+    with Pipelines(cluster.double, environment=dict(os.environ)) as pipelines:
+        (tmp_path / "here.toml").write_text(
+            f'kfp = "{pipelines.url}"\n[volumes]\nmount = "{mount}"\n[image]\npackaged = true\n'
+            '[job]\nnodes = 2\ncpu = "500m"\nmemory = "1Gi"\n'
+        )
+        on = {"CLUSTER": None, "NAME": "first", "SETTINGS": str(tmp_path / "here.toml")}
+        text = printed(run_notebook(NOTEBOOKS[1], **on))
+        assert "smoke: succeeded" in text
+        assert "run first is done" in text
+        assert re.search(r"TrainJob \S+: Succeeded, 2 of 2 nodes", text)
+        assert "/tensorboard/team/first/" in text
+        text = printed(run_notebook(NOTEBOOKS[2], **on))
+        assert len(re.findall(r"^\d\. \S+  \d\.\d{3}$", text, re.MULTILINE)) == 5
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -24,7 +24,7 @@ from lesionflow.data.datamodule import Batch
 from lesionflow.errors import UsageError
 from lesionflow.models.image import LesionModule
 from lesionflow.training import resume
-from lesionflow.training.status import Progress, write_progress
+from lesionflow.training.status import Progress, tell_joined, write_progress
 
 CURVE_COLUMNS = ("fold", "model", "epoch", "step", "lesions", "loss", "lr", "images_per_second", "pauc", "auc")
 
@@ -89,6 +89,7 @@ class Conductor(L.Callback):
         if self._state is not None:
             trainer.optimizers[0].load_state_dict(self._state["optimizer"])
             self._state = None
+        tell_joined()
         # In place of Lightning's own handler, which broadcasts from inside the signal and so deadlocks.
         self.stop.listen()
         if trainer.is_global_zero:

@@ -26,15 +26,23 @@ from pathlib import Path
 
 from lesionflow.errors import LesionflowError, Preempted, UsageError, from_exit_code
 from lesionflow.training import status
+from lesionflow.training.peers import Peers
 
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 60.0
 """How long children may take to save and end once they were told to stop."""
 
+RENDEZVOUS_ATTEMPTS = 5
+"""How often nodes that don't find each other try again before the job is given up."""
+
 _POLL_SECONDS = 0.2
 # What torchrun would read from the operator; children get it as options, and only once.
 _OPERATOR = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+class NotJoined(LesionflowError):
+    """The nodes of a job didn't find each other."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +94,19 @@ def train(
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         threads = _threads(processes)
         command = _torchrun(worker, processes, nodes)
-        run_children(
-            [command], run, folds, at_once=1, threads=threads, show=None if nodes.rank else show, log=not nodes.operated
-        )
+        for attempt in range(RENDEZVOUS_ATTEMPTS):
+            peers = Peers(run, nodes.count, nodes.rank) if nodes.count > 1 else None
+            try:
+                run_children(
+                    [command], run, folds, at_once=1, threads=threads, show=None if nodes.rank else show,
+                    log=not nodes.operated, peers=peers,
+                )  # fmt: skip
+                return
+            except NotJoined:
+                # The first node may just have been replaced; nothing was trained yet, so nothing is lost.
+                if attempt + 1 == RENDEZVOUS_ATTEMPTS:
+                    raise
+                time.sleep(2)
         return
     gpus = _gpus()
     # One fold per GPU where there are any, else one per core.
@@ -148,11 +166,13 @@ def run_children(
     gpu_each: bool = False,
     show: Callable[[status.Progress], None] | None = None,
     log: bool = True,
+    peers: Peers | None = None,
 ) -> None:
     """Run commands, a few at a time; stop all when one fails, and raise what it ended with.
 
     `gpu_each` shows every child one GPU of its own, `at_once` being their number. Output goes to
-    `log-<fold>.txt` in the run, or without `log` to this process's own. SIGTERM and Ctrl-C are passed
+    `log-<fold>.txt` in the run, or without `log` to this process's own. A node of `peers` that is lost
+    ends the children at once: what they could save, they have saved. SIGTERM and Ctrl-C are passed
     on as SIGTERM, so that the children save first.
     """
     for fold in folds if show else ():
@@ -162,6 +182,7 @@ def run_children(
         running: dict[int, tuple[subprocess.Popen[bytes], int]] = {}
         free = list(range(at_once))
         outcomes: dict[int, status.Outcome] = {}
+        has_joined = False
         while waiting or running:
             stopping = stop_asked() or any(o.code for o in outcomes.values())
             while waiting and free and not stopping:
@@ -178,7 +199,16 @@ def run_children(
                     del running[number]
                     free.append(slot)
             _show(run, folds, show)
+            if peers:
+                peers.beat()
+                if has_joined := (Path(scratch) / "0" / status.JOINED).exists():
+                    peers.joined()
+                if has_joined and (why := peers.lost()):
+                    _kill([child for child, _ in running.values()])
+                    raise Preempted(f"{why}; start again to go on from the last checkpoint")
             time.sleep(_POLL_SECONDS)
+        if peers and not has_joined and any(o.code == 1 and not o.message for o in outcomes.values()):
+            raise NotJoined("the nodes of this job didn't find each other; see the log above")
         _raise_outcome(outcomes, run, folds, interrupted=stop_asked(), log=log)
 
 
@@ -219,8 +249,28 @@ def _terminate(children: Sequence[subprocess.Popen[bytes]]) -> None:
         try:
             child.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
+            _kill([child])
+
+
+def _kill(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End children and all that they started, at once."""
+    for child in children:
+        below = _descendants(child.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        # torchrun gives its workers sessions of their own.
+        for pid in below:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+        child.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    try:
+        children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return [*children, *(p for c in children for p in _descendants(c))]
 
 
 @contextlib.contextmanager

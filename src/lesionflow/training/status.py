@@ -18,6 +18,8 @@ from typing import Any
 from lesionflow.keys import write_json
 
 VARIABLE = "LESIONFLOW_STATUS"
+JOINED = "joined"
+"""File that appears once all ranks have found each other."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ def report(code: int, message: str = "") -> None:
         # A full disk must not hide the real reason, which goes to stderr as well.
         with contextlib.suppress(OSError):
             write_json(Path(directory) / f"{rank}.json", {**asdict(Outcome(code, message)), "time": time.time()})
+
+
+def tell_joined() -> None:
+    """Say that all ranks of this process's training have found each other."""
+    if directory := os.environ.get(VARIABLE):
+        with contextlib.suppress(OSError):
+            (Path(directory) / JOINED).touch()
 
 
 def collect(directory: Path, exit_code: int) -> Outcome:

@@ -805,6 +805,22 @@ def test_quotas_for_other_pods_are_passed_over(cluster, monkeypatch):
     assert examine()["quota"].status == "ok"
 
 
+@pytest.mark.parametrize("together", [(), ("job.nodes=1",), ("job.node_selector=kubernetes.io/hostname=node-1",)])
+def test_volumes_of_one_node_are_no_fault_where_pods_stay_together(cluster, monkeypatch, together):
+    if together:
+        Plant(cluster, None, monkeypatch).node("node-2")
+    assert examine("volumes.access=ReadWriteOnce", *together)["storage"].status == "ok"
+
+
+def test_claims_that_are_there_need_no_quota(cluster, monkeypatch):
+    plant = Plant(cluster, None, monkeypatch)
+    for volume in manifests.VOLUMES:
+        plant.claim(f"first-{volume}")
+    plant.quota({"persistentvolumeclaims": "3"}, persistentvolumeclaims="3")
+    assert examine(run="first")["quota"].status == "ok"
+    assert "persistentvolumeclaims: 3 needed, 0 of 3 free" in examine()["quota"].text
+
+
 @pytest.mark.parametrize("labels", [{"istio-injection": "enabled"}, {"istio.io/rev": "canary"}, {}])
 def test_whether_sidecars_come_is_said(cluster, labels):
     namespace = cluster.store.get("Namespace", None, "team")

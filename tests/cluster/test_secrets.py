@@ -188,7 +188,8 @@ def test_a_secret_without_usable_keys_holds_no_token(double, api, data):
     made = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "kaggle"}, "data": data}
     double.store.create(made, "team")
     assert not secrets.has_kaggle_token(api, Settings())
-    assert secrets.kaggle_fault(api, Settings()) not in ("", "missing")
+    held = [name for name, value in data.items() if value]
+    assert f"keys {', '.join(held) or 'none'}, but" in secrets.kaggle_fault(api, Settings())
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -55,9 +55,11 @@ def permissions(scene: Scene) -> Answer:
     # The train step is a pod: a run that an administrator starts stops there for want of its rights.
     if may_ask and (lacking := _missing(scene, by_pods, pods)):
         text = f"the pods' account {pods} may not {_list(lacking)}"
-        faults.append(Answer("fail", text, _grant(scene, lacking, pods)))
+        faults.append(Answer("fail", text, _grant(scene, lacking, pods, role="lesionflow-pods")))
     if optional:
-        remedy = f"without it `cluster tensorboard` fails, nothing else; {_grant(scene, optional)}"
+        remedy = (
+            f"without it `cluster tensorboard` fails, nothing else; {_grant(scene, optional, role='lesionflow-boards')}"
+        )
         faults.append(Answer("warn", f"this account may not {_list(optional)}", remedy))
     return together(faults, f"all {len(asked)} rights that a run needs")
 
@@ -215,7 +217,7 @@ def _list(missing: dict[str, list[str]]) -> str:
     return "; ".join(f"{', '.join(verbs)} {resource}" for resource, verbs in missing.items())
 
 
-def _grant(scene: Scene, missing: dict[str, list[str]], pods: str = "") -> str:
+def _grant(scene: Scene, missing: dict[str, list[str]], pods: str = "", *, role: str = "lesionflow") -> str:
     """The commands by which an administrator gives what is missing, or another way."""
     namespace = scene.api.namespace
     _, _, service = scene.account.partition("system:serviceaccount:")
@@ -225,9 +227,9 @@ def _grant(scene: Scene, missing: dict[str, list[str]], pods: str = "") -> str:
         own = service if service and not pods else f"{namespace}:{scene.settings.service_account}"
         whom = f"--serviceaccount={own}"
     verbs = ",".join(v for v in _WRITE if any(v in held for held in missing.values()))
-    role = f"create role lesionflow --verb={verbs} --resource={','.join(missing)}"
-    binding = f"create rolebinding lesionflow --role=lesionflow {whom}"
-    remedy = f"an administrator runs: kubectl -n {namespace} {role} && kubectl -n {namespace} {binding}"
+    rights = f"create role {role} --verb={verbs} --resource={','.join(missing)}"
+    binding = f"create rolebinding {role} --role={role} {whom}"
+    remedy = f"an administrator runs: kubectl -n {namespace} {rights} && kubectl -n {namespace} {binding}"
     # Kubeflow 1.11's profile roles let users read TrainingRuntimes, but not make their own.
     if scene.launcher == "trainjob" and scene.serves("PyTorchJob") and "trainer.kubeflow.org" in " ".join(missing):
         remedy += "; or set job.launcher=pytorchjob"

@@ -22,8 +22,8 @@ from rich.console import Console
 
 from lesionflow.cluster import doctor, kfp_api, manifests
 from lesionflow.cluster.api import Api
-from lesionflow.cluster.checks_capacity import number
-from lesionflow.cluster.scene import Check
+from lesionflow.cluster.doctor.capacity import number
+from lesionflow.cluster.doctor.scene import Check
 from lesionflow.cluster.settings import Place, Settings
 from lesionflow.errors import ClusterError
 
@@ -883,7 +883,7 @@ def test_a_notebook_asks_for_its_own_account_only(cluster, monkeypatch):
 
 @pytest.mark.parametrize("held", [False, True])
 def test_a_notebook_without_a_token_for_pipelines_is_told_of_the_pod_default(cluster, kfp, tmp_path, monkeypatch, held):
-    monkeypatch.setattr("lesionflow.cluster.checks.in_cluster", lambda: True)
+    monkeypatch.setattr("lesionflow.cluster.doctor.general.in_cluster", lambda: True)
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
     if held:
         (tmp_path / "token").write_text("sa-token\n")

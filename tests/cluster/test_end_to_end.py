@@ -82,7 +82,8 @@ def running(tmp: Path, crds: Path, profile: str, **job: int) -> Iterator[Cluster
 
 
 def write(recipe: Recipe, path: Path, **training: object) -> Path:
-    values = recipe.to_dict()
+    # A network that starts from nothing ends with large logits: their parity is tested elsewhere.
+    values = {**recipe.to_dict(), "gate": {"pauc_floor": 0.0, "parity": 0.01}}
     path.write_text(Recipe.from_dict({**values, "training": {**values["training"], **training}}).to_toml())
     return path
 

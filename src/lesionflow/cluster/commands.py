@@ -50,9 +50,7 @@ def pipeline_run(
     local: Annotated[bool, typer.Option("--local", help="Run here, each step a process (kfp.local).")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes per fold (torchrun).")] = 1,
     incumbent: Annotated[Path | None, typer.Option(help="Bundle of an earlier run to compare with.")] = None,
-    name: Annotated[
-        str, typer.Option("--name", help="Train, and serve, on a cluster under this name.")
-    ] = "",
+    name: Annotated[str, typer.Option("--name", help="Train, and serve, on a cluster under this name.")] = "",
     cluster: ClusterOption = None,
     on: OnOption = None,
     serve_on: Annotated[bool, typer.Option("--keep-serving", help="Leave the service running at the end.")] = False,
@@ -155,9 +153,7 @@ def cluster_run(
 def cluster_doctor(
     cluster: ClusterOption = None,
     on: OnOption = None,
-    job: Annotated[
-        bool, typer.Option("--job", help="End with a job of two pods that talk to each other.")
-    ] = False,
+    job: Annotated[bool, typer.Option("--job", help="End with a job of two pods that talk to each other.")] = False,
     name: Annotated[str, typer.Option("--name", help="Look at this run's volumes too.")] = "",
     as_json: JsonOption = False,
 ) -> None:

@@ -43,9 +43,14 @@ def endpoint(settings: Settings) -> str:
     return (named or (IN_CLUSTER if in_cluster() else "")).rstrip("/")
 
 
+def token_path() -> Path:
+    """Where this pod's token for Pipelines lies, if it has one."""
+    return Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH") or _TOKEN)
+
+
 def token() -> str:
     """This pod's token for Pipelines; empty if it has none."""
-    path = Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH") or _TOKEN)
+    path = token_path()
     return path.read_text().strip() if path.is_file() else ""
 
 

@@ -24,7 +24,7 @@ from lesionflow.keys import code_version, digest
 
 LAUNCHERS = ("auto", "trainjob", "pytorchjob", "local")
 # The whole package: another version of it gets another environment.
-_ROOMS = ("", "cluster", "data", "evaluation", "export", "models", "serving", "training")
+_ROOMS = ("", "cluster", "cluster/doctor", "data", "evaluation", "export", "models", "serving", "training")
 _SIZE = re.compile(r"(0\.\d*[1-9]|[1-9]\d*(\.\d+)?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
 _LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 

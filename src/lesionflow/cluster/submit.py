@@ -15,6 +15,7 @@ import logging
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,9 +174,14 @@ def _cause(api: Api, submitted: Submitted, run: Any) -> LesionflowError:
 
 def _client(url: str) -> Any:
     import kfp
+    from kfp.client import ServiceAccountTokenVolumeCredentials
 
     logging.getLogger("kfp").setLevel(logging.WARNING)
-    return kfp.Client(host=url, existing_token=kfp_api.token() or None)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="kfp")
+    # A pod's token is replaced every hour or so: the client reads it again.
+    mounted = kfp_api.token_path()
+    credentials = ServiceAccountTokenVolumeCredentials(str(mounted)) if mounted.is_file() else None
+    return kfp.Client(host=url, credentials=credentials)
 
 
 @contextlib.contextmanager

@@ -129,14 +129,18 @@ class Watch:
         idle = [pod for pod in self._pods if "running" not in trainer_of(pod).get("state", {})]
         # A handful stands for all: two hundred pods wait for the same thing.
         waiting = [pod for pod in idle if pod.get("status", {}).get("phase") not in ("Failed", "Succeeded")][:8]
-        owners = missing_owners(self.api, self.job, self._pods)
-        causes = find_causes(self.api, waiting, owners) if waiting or owners else []
+        try:
+            owners = missing_owners(self.api, self.job, self._pods)
+            causes = find_causes(self.api, waiting, owners) if waiting or owners else []
+            images = {} if causes else {node_of(pod): pulling(self.api, pod) for pod in waiting}
+        except ClusterError:
+            return  # An account that may not read events, or an API that is away: the job goes on.
         if not self._pods and not causes and time.monotonic() - self._begun > IDLE_PATIENCE:
             remedy = "is its operator running? `lesionflow cluster doctor` looks"
             causes = [Cause(self.name, f"no pod was made in {IDLE_PATIENCE:.0f} s, and nothing says why", remedy, 0)]
-        for pod in waiting:
-            if not causes and (image := pulling(self.api, pod)):
-                yield from self._once((image, ""), f"[node-{node_of(pod)}] pulls image {image}")
+        for node, image in images.items():
+            if image:
+                yield from self._once((image, ""), f"[node-{node}] pulls image {image}")
         for cause in causes:
             # What the cluster says varies from look to look (counts, back-offs), the remedy doesn't.
             which = (cause.about, cause.remedy)
@@ -173,7 +177,9 @@ class Watch:
             return cause.what
         if not ended:
             # The pod was gone before its end was seen; the Training Operator has told it in an event.
-            told = [e["message"] for e in self.api.events(self.name) if e.get("reason") == "ExitedWithCode"]
+            told: list[str] = []
+            with contextlib.suppress(ClusterError):
+                told = [e["message"] for e in self.api.events(self.name) if e.get("reason") == "ExitedWithCode"]
             pod = re.escape(self._known[uid]["metadata"]["name"])
             codes = [m[1] for text in told if (m := re.search(rf"\.{pod} exited with code (\d+)", text))]
             ended = {"exitCode": codes[-1]} if codes else {}

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lesionflow.cluster import checks, checks_access, checks_capacity, checks_storage
 from lesionflow.cluster.api import Api
-from lesionflow.cluster.scene import Answer, Check, Scene, Unanswered
+from lesionflow.cluster.doctor import access, capacity, general, storage
+from lesionflow.cluster.doctor.scene import Answer, Check, Scene, Unanswered
 from lesionflow.cluster.settings import Settings
 from lesionflow.errors import LesionflowError
 
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 CHECKS: dict[str, Callable[[Scene], Answer]] = {
-    "kubernetes": checks.kubernetes,
-    "clock": checks.clock,
-    "namespace": checks.namespace,
-    "istio": checks.istio,
-    "kubeflow": checks.kubeflow,
-    "launcher": checks.launcher,
-    "serving": checks.serving,
-    "boards": checks.boards,
-    "pipelines": checks.pipelines,
-    "account": checks_access.account,
-    "permissions": checks_access.permissions,
-    "storage": checks_storage.storage,
-    "claims": checks_storage.claims,
-    "quota": checks_capacity.quota,
-    "limits": checks_capacity.limits,
-    "nodes": checks_capacity.nodes,
-    "node-health": checks_capacity.node_health,
-    "gpus": checks_capacity.gpus,
-    "image": checks_access.image,
-    "secret": checks_access.secret,
-    "pod": checks_access.pod,
-    "objects": checks_access.objects,
+    "kubernetes": general.kubernetes,
+    "clock": general.clock,
+    "namespace": general.namespace,
+    "istio": general.istio,
+    "kubeflow": general.kubeflow,
+    "launcher": general.launcher,
+    "serving": general.serving,
+    "boards": general.boards,
+    "pipelines": general.pipelines,
+    "account": access.account,
+    "permissions": access.permissions,
+    "storage": storage.storage,
+    "claims": storage.claims,
+    "quota": capacity.quota,
+    "limits": capacity.limits,
+    "nodes": capacity.nodes,
+    "node-health": capacity.node_health,
+    "gpus": capacity.gpus,
+    "image": access.image,
+    "secret": access.secret,
+    "pod": access.pod,
+    "objects": access.objects,
 }
 """Name -> question, in the order they are asked; `api` comes before all, `probe` last and only if wanted."""
 
@@ -64,10 +64,10 @@ def examine(
         if tell:
             tell(found[-1])
 
-    asked = CHECKS | ({"probe": checks_access.probe} if job else {})
+    asked = CHECKS | ({"probe": access.probe} if job else {})
     try:
         scene = Scene(Api.connect(settings), settings, run)
-        keep("api", checks.api(scene))
+        keep("api", general.api(scene))
     except LesionflowError as error:
         if error.exit_code == 2:
             raise

@@ -10,8 +10,8 @@ from typing import Any
 
 from lesionflow.cluster import manifests
 from lesionflow.cluster.api import KINDS
+from lesionflow.cluster.doctor.scene import Answer, Scene, Unanswered, together
 from lesionflow.cluster.jobstate import KINDS as JOB_KINDS
-from lesionflow.cluster.scene import Answer, Scene, Unanswered, together
 from lesionflow.cluster.secrets import kaggle_fault
 from lesionflow.cluster.settings import Image, Place
 from lesionflow.errors import ClusterError

@@ -1,6 +1,6 @@
 """The doctor's questions about what a cluster is: reachable, recent, a Kubeflow, with which parts.
 
-What the cluster lets this account do is asked in `checks_access`, whether it has room in `checks_capacity`.
+What the cluster lets this account do is asked in `access`, whether it has room in `capacity`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from email.utils import parsedate_to_datetime
 
 from lesionflow.cluster import kfp_api, manifests
 from lesionflow.cluster.api import in_cluster
+from lesionflow.cluster.doctor.scene import Answer, Scene, Unanswered, together
 from lesionflow.cluster.jobstate import KINDS as JOB_KINDS
-from lesionflow.cluster.scene import Answer, Scene, Unanswered, together
 from lesionflow.errors import ClusterError
 
 OLDEST = (1, 25)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lesionflow.cluster import manifests
-from lesionflow.cluster.scene import Answer, Scene, Unanswered, together
+from lesionflow.cluster.doctor.scene import Answer, Scene, Unanswered, together
 from lesionflow.cluster.settings import Place
 
 _DEFAULT_CLASS = ("storageclass.kubernetes.io/is-default-class", "storageclass.beta.kubernetes.io/is-default-class")

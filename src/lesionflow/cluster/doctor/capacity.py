@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lesionflow.cluster import manifests
+from lesionflow.cluster.doctor.scene import Answer, Scene, together
 from lesionflow.cluster.jobstate import KINDS as JOB_KINDS
-from lesionflow.cluster.scene import Answer, Scene, together
 from lesionflow.cluster.settings import Place, parse_selector, parse_tolerations
 
 Amounts = Mapping[str, float]

@@ -173,6 +173,7 @@ def test_01_on_a_cluster_that_is_not_ready_stops_there(
         run_notebook(NOTEBOOKS[0], CLUSTER=None, SETTINGS=str(tmp_path / "large.toml"))
 
 
+@pytest.mark.slow
 def test_03_on_a_cluster_finds_the_service_and_lists_what_would_be_removed(
     run_notebook: Callable[..., nbformat.NotebookNode], cluster: Any, tmp_path: Path, bundle_dir: Path
 ) -> None:

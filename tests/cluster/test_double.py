@@ -184,6 +184,27 @@ def test_a_claim_in_use_stays_until_its_pod_is_gone(double: Double) -> None:
     assert store.get("PersistentVolumeClaim", "team", "data") is None
 
 
+def test_core_objects_have_limits_of_their_own(api: Api) -> None:
+    claim = manifests.claims(Place("first"))[0]
+    api.create(claim)
+    for change, told in (
+        ({"accessModes": ["ReadWriteOnce"]}, "spec is immutable after creation"),
+        ({"resources": {"requests": {"storage": "1Gi"}}}, "can not be less than"),
+    ):
+        with pytest.raises(ClusterError, match=told):
+            api.apply({**claim, "spec": {**claim["spec"], **change}})
+    larger = {**claim["spec"], "resources": {"requests": {"storage": "9Gi"}}}
+    assert api.apply({**claim, "spec": larger})["spec"]["resources"]["requests"]["storage"] == "9Gi"
+    manifest = manifests.secret(Place("first"), "wheel", {"wheel": b"x" * (2**20 + 1)})
+    with pytest.raises(ClusterError, match="data: Too long"):
+        api.create(manifest)
+    made = api.create(pod("first", a="b", c="d"))
+    with pytest.raises(ClusterError, match="pod updates may not change"):
+        api.patch("Pod", "first", {"spec": {"restartPolicy": "Never"}})
+    assert api.patch("Pod", "first", {"metadata": {"labels": {"a": None}}})["metadata"]["labels"] == {"c": "d"}
+    assert made["status"]["phase"] == "Pending"
+
+
 def test_a_quota_is_kept_to(double: Double) -> None:
     hard = {"pods": "1", "requests.cpu": "1"}
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "kf"}, "spec": {"hard": hard}}
@@ -334,7 +355,8 @@ def test_logs_come_in_whole_lines_and_from_a_second_on(api: Api, double: Double)
         file.flush()
         time.sleep(0.3)
         file.write("line\n")
-    assert next(lines).partition(" ")[2] == "half a line"
+    running(double, "first", terminated={"exitCode": 0})
+    assert [line.partition(" ")[2] for line in lines] == ["half a line"]
     # As a kubelet does: what was written in the second that is asked for comes again.
     assert next(api.logs("first", since=began)).partition(" ")[2] == "one"
     double.faults["cut_logs"] = 1
@@ -381,6 +403,8 @@ def test_the_python_client_reads_and_writes(double: Double, python_client: Any) 
     core.create_namespaced_pod("team", pod("second", run="b"))
     listed = core.list_namespaced_pod("team", label_selector="run in (b, c),!x", field_selector="status.phase=Pending")
     assert [p.metadata.name for p in listed.items] == ["second"]
+    with pytest.raises(client.ApiException, match="409"):
+        core.delete_namespaced_pod("first", "team", body={"preconditions": {"uid": "another"}})
     core.delete_collection_namespaced_pod("team", label_selector="run=b")
     assert [p["metadata"]["name"] for p in double.store.list("Pod", "team")] == ["first"]
 
@@ -464,7 +488,7 @@ def test_kubectl_applies_and_shows(kubectl: Kubectl) -> None:
     )
     told = kubectl("create", "--dry-run=server", "-f", "-", stdin=[train_job("second")])
     assert "created (server dry run)" in told
-    assert kubectl("get", "trainjobs", "--no-headers").split()[0] == "first"
+    assert kubectl("get", "trainjobs").split()[:4] == ["NAME", "STATE", "AGE", "first"]
     assert "second" not in kubectl("get", "trainjobs")
     assert "first" in kubectl("get", "trainjobs,cm", "-A")
 

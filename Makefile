@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: help install demo test test-slow lint bench clean lock
+.PHONY: help install demo test test-slow lint bench docs clean lock
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,11 @@ lint: install  ## style and types
 
 bench: install  ## every benchmark: both sides in one run
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit; done
+
+docs: install  ## write again what is generated: manifests, the settings' table, the pipeline's picture
+	$(BIN)/python deploy/render.py
+	$(BIN)/python docs/write_settings.py
+	$(BIN)/python docs/draw_pipeline.py
 
 clean:  ## remove what the tasks made (not .venv)
 	rm -rf $(DEMO) build .pytest_cache .mypy_cache .ruff_cache

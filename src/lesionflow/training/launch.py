@@ -153,6 +153,8 @@ def _torchrun(worker: Sequence[str], processes: int, nodes: Nodes) -> list[str]:
             f"--master-port={nodes.port}",
         ]
     launcher = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={processes}"]
+    if nodes.operated and processes > 1:
+        launcher += ["--tee=3", "--role=rank"]  # In a pod's log every line says whose it is: [rank0]: ...
     return [*launcher, "-m", "lesionflow.training.run", *worker]
 
 

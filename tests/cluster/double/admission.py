@@ -87,6 +87,14 @@ def admit(kind: Kind, obj: Object, namespace: Object | None, around: Sequence[Ob
         raise answers.forbidden(kind, obj["metadata"]["name"], why)
 
 
+def mounts(pod: Object, claim: str) -> bool:
+    """Whether a pod that has not ended uses a claim."""
+    if (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed"):
+        return False
+    volumes = pod["spec"].get("volumes") or []
+    return any((v.get("persistentVolumeClaim") or {}).get("claimName") == claim for v in volumes)
+
+
 def restricted(spec: Object) -> list[str]:
     """What a pod spec has against the "restricted" pod security standard; empty if it meets it."""
     faults = [f"{key}=true" for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]

@@ -30,7 +30,6 @@ Key = tuple[str, str, str]
 Callback = Callable[[str, Object], None]
 
 _APPLIED = ("name", "namespace", "labels", "annotations", "finalizers", "ownerReferences")
-_ENDED = ("Succeeded", "Failed")
 
 
 @dataclass(frozen=True)
@@ -328,12 +327,7 @@ class Store:
 
     def _mounted(self, claim: Key) -> bool:
         pods = (o for (k, ns, _), o in self._objects.items() if k == "Pod" and ns == claim[1])
-        return any(
-            volume.get("persistentVolumeClaim", {}).get("claimName") == claim[2]
-            for pod in pods
-            if (pod.get("status") or {}).get("phase") not in _ENDED
-            for volume in pod["spec"].get("volumes") or []
-        )
+        return any(admission.mounts(pod, claim[2]) for pod in pods)
 
     @contextmanager
     def _change(self) -> Iterator[None]:

@@ -201,12 +201,10 @@ def test_a_killed_pod_restarts_and_resumes(tmp_path: Path, crds: Path, synthetic
 def test_a_failing_job_fails_the_pipeline_with_its_cause(
     tmp_path: Path, crds: Path, synthetic: Path, tiny_recipe: Recipe
 ) -> None:
-    """A learning rate that explodes ends the job with exit code 2 and the reason, in all the places one looks."""
+    """A batch too small for its ranks ends the job with exit code 2 and the reason, in all the places one looks."""
     with running(tmp_path, crds, "kubeflow-1.11", nodes=2) as cluster:
         copy_data(synthetic, cluster)
-        values = {**tiny_recipe.to_dict(), "optimizer": {"lr": 1e9, "clip": 0.0, "warmup": 0.0}}
-        recipe = tmp_path / "recipe.toml"
-        recipe.write_text(Recipe.from_dict(values).to_toml())
+        recipe = write(tiny_recipe, tmp_path / "recipe.toml", batch_size=1)
         ended: list[float] = []
 
         def watch(kind: str, obj: dict) -> None:
@@ -218,7 +216,7 @@ def test_a_failing_job_fails_the_pipeline_with_its_cause(
         done = cluster.start(recipe)
         seconds = time.monotonic() - ended[0]
         assert done.returncode == 2, done.stdout + done.stderr
-        assert "the loss is not finite" in done.stderr
+        assert "training.batch_size 1 is less than 2 processes" in done.stderr
         assert "train: failed" in done.stdout and "stack" not in done.stdout
         failure = json.loads((cluster.run / "pipeline.json").read_text())["failure"]
         assert failure["step"] == "train" and failure["exit_code"] == 2

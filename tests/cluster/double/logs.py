@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from double.server import Double
 
 _POLL = 0.05
-_stamps: dict[tuple[str, int], list[float]] = {}
+_stamps: dict[tuple[str, str, int], list[float]] = {}
 _guard = threading.Lock()
 
 
@@ -46,7 +46,11 @@ def read(double: Double, namespace: str, pod: str, query: dict[str, str]) -> Ite
     while True:
         # Asked before reading: what was written until the end is then certainly in the file.
         over = not follow or _ended(double, namespace, pod, container, number, path)
-        lines = _lines(path, number, final=over)
+        now = double.store.get("Pod", namespace, pod)
+        if now is not None and now["metadata"]["uid"] != found["metadata"]["uid"]:
+            return  # A new pod of this name, whose log file may even have the old one's number.
+        number = number or _identity(path)
+        lines = _lines(path, found["metadata"]["uid"], number, final=over)
         if first and (tail := query.get("tailLines")):
             at = max(0, len(lines) - int(tail))
         first = False
@@ -66,7 +70,7 @@ def read(double: Double, namespace: str, pod: str, query: dict[str, str]) -> Ite
         yield b""
 
 
-def _lines(path: Path, number: int, *, final: bool) -> list[tuple[bytes, float]]:
+def _lines(path: Path, uid: str, number: int, *, final: bool) -> list[tuple[bytes, float]]:
     """Lines with the times they were first seen; one that is still being written only at the end."""
     if _identity(path) != number or not number:
         return []
@@ -75,7 +79,7 @@ def _lines(path: Path, number: int, *, final: bool) -> list[tuple[bytes, float]]
         lines = content.splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n") and not final:
             lines.pop()
-        stamps = _stamps.setdefault((str(path), number), [])
+        stamps = _stamps.setdefault((str(path), uid, number), [])
         when = min(time.time(), path.stat().st_mtime)
         stamps.extend(max(when, stamps[-1] if stamps else 0.0) for _ in range(len(lines) - len(stamps)))
         return list(zip(lines, stamps, strict=False))

@@ -141,6 +141,21 @@ class Api:
         version, _ = KINDS[kind]
         return [{"apiVersion": version, "kind": kind, **item} for item in found.get("items", [])]
 
+    def watch(self, kind: str, labels: str = "", *, seconds: int = 60) -> Iterator[Object]:
+        """Objects of a kind as they are, then each whenever it changes or goes, for so many seconds.
+
+        Lists taken one after the other miss what happens between them. Raises `ClusterError` if it isn't allowed.
+        """
+        query = [("watch", "true"), ("timeoutSeconds", str(seconds))] + ([("labelSelector", labels)] if labels else [])
+        response = self._call("GET", self._path(kind), query=query, stream=True)
+        try:
+            for line in _lines(response):
+                told = json.loads(line)
+                if told["type"] in ("ADDED", "MODIFIED", "DELETED"):
+                    yield told["object"]
+        finally:
+            response.release_conn()
+
     def create(self, obj: Object, *, dry_run: bool = False) -> Object:
         """Create an object. Raises `ClusterError` saying why it was refused, or that it exists."""
         query = [("fieldValidation", "Strict")] + ([("dryRun", "All")] if dry_run else [])
@@ -186,14 +201,8 @@ class Api:
         query += [("container", container)] if container else []
         query += [("sinceTime", since)] if since else []
         response = self._call("GET", f"{self._path('Pod', pod)}/log", query=query, stream=True)
-        rest = b""
         try:
-            for chunk in response.stream(4096, decode_content=True):
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    yield line.decode(errors="replace")
-            if rest:
-                yield rest.decode(errors="replace")
+            yield from _lines(response)
         finally:
             response.release_conn()
 
@@ -295,6 +304,17 @@ class Api:
 def in_cluster() -> bool:
     """Whether this process runs in a pod that has an account."""
     return _NAMESPACE.exists()
+
+
+def _lines(response: Any) -> Iterator[str]:
+    """The lines of a streamed answer, as they come."""
+    rest = b""
+    for chunk in response.stream(4096, decode_content=True):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 def _prefix(version: str) -> str:

@@ -6,6 +6,7 @@ time; what was read of that time before is skipped by its own timestamp and text
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import queue
 import re
@@ -27,14 +28,40 @@ _STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$")
 _FRACTION = re.compile(r"\.\d+")
 
 
+class PodEnds(threading.Thread):
+    """Notes how pods ended, in a thread of its own: a pod that restarts is gone before the next look at it."""
+
+    def __init__(self, api: Api, labels: str) -> None:
+        super().__init__(daemon=True, name="ends of pods")
+        self.ended: dict[str, Object] = {}
+        """The last state of every pod whose training has ended, by uid."""
+        self._api, self._labels = api, labels
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Note no more; the thread ends with the next change, or within a minute."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        from urllib3.exceptions import HTTPError
+
+        while not self._stopped.is_set():
+            # Without the right to watch, or with the API away, a pod's end may be missed: that costs a detail.
+            with contextlib.suppress(ClusterError, HTTPError, OSError, ValueError):
+                for pod in self._api.watch("Pod", self._labels):
+                    if self._stopped.is_set():
+                        return
+                    if ended_of(pod):
+                        self.ended[pod["metadata"]["uid"]] = pod
+            self._stopped.wait(PAUSE)
+
+
 class PodLog(threading.Thread):
     """Reads one pod's log, in a thread of its own, until the container has ended and all of it was read."""
 
     def __init__(self, api: Api, pod: Object, container: str, lines: queue.SimpleQueue[str]) -> None:
         super().__init__(daemon=True, name=f"log of {pod['metadata']['name']}")
         self.node = node_of(pod)
-        self.pod = pod
-        """As last seen: the end of a log is the first to know how its pod ended."""
         self.error = ""
         """The last line so far in which the program said what ended it."""
         self._api, self._name, self._uid = api, pod["metadata"]["name"], pod["metadata"]["uid"]
@@ -56,7 +83,6 @@ class PodLog(threading.Thread):
             else:
                 if pod is None or pod["metadata"]["uid"] != self._uid:
                     return
-                self.pod = pod
                 if complete and ended_of(pod):
                     return
             self._stopped.wait(PAUSE)

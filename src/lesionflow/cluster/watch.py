@@ -24,7 +24,7 @@ from lesionflow.cluster.jobstate import (
     trainer_of,
     verdict,
 )
-from lesionflow.cluster.podlogs import PodLog
+from lesionflow.cluster.podlogs import PodEnds, PodLog
 from lesionflow.cluster.settings import Place
 from lesionflow.errors import ClusterError, LesionflowError, from_exit_code
 
@@ -54,14 +54,17 @@ class Watch:
         self._known: dict[str, Object] = {}  # By uid, as last seen: a restarted pod is gone at once.
         self._current: dict[int, str] = {}  # Node -> uid.
         self._restarts: dict[int, int] = {}  # Node -> how often.
+        self._last_straw = ""
         self._logs: dict[str, PodLog] = {}
         self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._ends = PodEnds(api, f"{manifests.selector(place.name)},lesionflow/part=train")
         self._trouble: dict[tuple[str, str], tuple[float, float]] = {}  # First and last seen.
         self._told: set[tuple[str, str]] = set()
         self._answered = self._begun = time.monotonic()
 
     def lines(self) -> Iterator[str]:
         """Log lines as "[node-0] ..." and notices, until the job has ended and its logs are read."""
+        self._ends.start()
         try:
             while True:
                 yield from self._look()
@@ -74,6 +77,7 @@ class Watch:
                     log.join(max(0.0, deadline - time.monotonic()))
             yield from self._drain(0)
         finally:
+            self._ends.stop()
             for log in self._logs.values():
                 log.stop()
 
@@ -108,14 +112,18 @@ class Watch:
         uid, node = pod["metadata"]["uid"], node_of(pod)
         if uid not in self._known:
             if (before := self._current.get(node)) is not None:
+                # Its end may be told a moment after the new pod; all nodes together wait for that no longer than this.
+                deadline = self._answered + 2.0
                 if before in self._logs:
-                    self._logs[before].join(2.0)
-                    last = self._logs[before].pod
-                    self._known[before] = last if ended_of(last) else self._known[before]
+                    self._logs[before].join(max(0.0, deadline - time.monotonic()))
+                while before not in self._ends.ended and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                self._known[before] = self._ends.ended.get(before, self._known[before])
                 yield from self._drain(0)
                 self._restarts[node] = self._restarts.get(node, 0) + 1
                 if self._restarts[node] > self.place.settings.job.retries and not self._patient:
                     self.phase = "Failed"  # The Training Operator itself would restart it for ever.
+                    self._last_straw = f"node-{node}: {self._how(before)}"
                     return
                 yield f"[node-{node}] restarted ({self._how(before)})"
             self._current[node] = uid
@@ -198,7 +206,14 @@ class Watch:
                 f"job {self.name} ran longer than job.deadline allows ({limit} s): raise it (0: none) and run again, "
                 "finished work is kept"
             )
+        self._known = {uid: self._ends.ended.get(uid, pod) for uid, pod in self._known.items()}
         failed = condemned(self._pods) or condemned([self._known[uid] for uid in self._current.values()])
+        failed = failed or condemned(list(self._known.values()))[-1:]
+        if not failed and self._last_straw:
+            retries = self.place.settings.job.retries
+            return ClusterError(
+                f"job {self.name} had to restart more than {retries} times (job.retries), at last {self._last_straw}"
+            )
         if not failed:
             why = explain(self.api, self._pods, missing_owners(self.api, self.job, self._pods))
             return ClusterError(f"job {self.name} failed: {why or message or 'the cluster does not say why'}")

@@ -6,7 +6,7 @@ All steps are done already, so both sides only look at their content keys. The d
 its executor and our imports for each component; the second line, components that do nothing, is KFP's alone.
 """
 
-from __future__ import annotations
+# Without "from __future__ import annotations": kfp reads the annotations themselves.
 
 import contextlib
 import io

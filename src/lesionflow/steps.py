@@ -298,46 +298,10 @@ def gate(run: Path, key: str, *, incumbent: Path | None = None) -> dict[str, Any
 
 def export(run: Path, key: str) -> Path:
     """Weights -> `bundle/`, only if the exported graph agrees with torch on stored lesions (else `GateRefused`)."""
-    import numpy as np
-
-    from lesionflow.data.datamodule import pixels
-    from lesionflow.export.onnx import export_bundle
-    from lesionflow.models.image import Members, preprocess_spec
-    from lesionflow.training.scoring import fold_weights, load_network
-
-    recipe, (store, folds), out = _recipe(run), _open(run), run / "bundle"
     with _step(run, "export", key, lambda: ["bundle"]) as needed:
         if needed:
-            models = [
-                Members([load_network(path, recipe) for path in paths])
-                for paths in fold_weights(run, recipe, folds.count)
-            ]
-            spec = preprocess_spec(recipe)
-            rows = np.random.default_rng(0).choice(len(store), min(PARITY_LESIONS, len(store)), replace=False)
-            metrics = keys.read_json(run / "metrics.json")
-            info = {
-                "name": recipe.name,
-                "metrics": metrics,
-                # Thresholds belong to the combination that is served, which no lesion here has been held out from.
-                "thresholds": {},
-                "recipe": recipe.to_dict(),
-                "data_hash": store.hash,
-                "fold_hash": folds.hash,
-                "data_licence": _licences(store),
-                "synthetic": store.info["synthetic"],
-            }
-            export_bundle(
-                models,
-                out,
-                spec=spec,
-                info=info,
-                parity_images=np.stack([pixels(store, int(row), spec) for row in rows]),
-                tolerance=recipe.gate.parity,
-                reference=_reference_lesions(),
-                card=(run / "MODEL_CARD.md").read_text(),
-                tta=recipe.training.tta,
-            )
-    return out
+            _export(run)
+    return run / "bundle"
 
 
 def copy_bundle(bundle: Path, out: Path) -> Path:
@@ -458,6 +422,44 @@ def run_all(
     if not keep_serving:
         undeploy(run)
     return answered
+
+
+def _export(run: Path) -> None:
+    import numpy as np
+
+    from lesionflow.data.datamodule import pixels
+    from lesionflow.export.onnx import export_bundle
+    from lesionflow.models.image import Members, preprocess_spec
+    from lesionflow.training.scoring import fold_weights, load_network
+
+    recipe, (store, folds) = _recipe(run), _open(run)
+    models = [
+        Members([load_network(path, recipe) for path in paths]) for paths in fold_weights(run, recipe, folds.count)
+    ]
+    spec = preprocess_spec(recipe)
+    rows = np.random.default_rng(0).choice(len(store), min(PARITY_LESIONS, len(store)), replace=False)
+    info = {
+        "name": recipe.name,
+        "metrics": keys.read_json(run / "metrics.json"),
+        # Thresholds belong to the combination that is served, which no lesion here has been held out from.
+        "thresholds": {},
+        "recipe": recipe.to_dict(),
+        "data_hash": store.hash,
+        "fold_hash": folds.hash,
+        "data_licence": _licences(store),
+        "synthetic": store.info["synthetic"],
+    }
+    export_bundle(
+        models,
+        run / "bundle",
+        spec=spec,
+        info=info,
+        parity_images=np.stack([pixels(store, int(row), spec) for row in rows]),
+        tolerance=recipe.gate.parity,
+        reference=_reference_lesions(),
+        card=(run / "MODEL_CARD.md").read_text(),
+        tta=recipe.training.tta,
+    )
 
 
 def _report(run: Path, gate_result: dict[str, Any]) -> None:

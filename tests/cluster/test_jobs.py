@@ -28,6 +28,8 @@ from lesionflow.errors import (
 )
 
 KEY, OTHER = "a" * 32, "b" * 32
+LAST = "if rank == 0: time.sleep(1)"
+"""Once the master is done, the Training Operator stops the workers, whatever they do."""
 RANK = "rank = int(os.environ.get('PET_NODE_RANK') or os.environ['RANK'])"
 
 
@@ -131,7 +133,7 @@ def pod_of(cluster, place, node):
 def test_every_nodes_log_is_told_and_the_state_is_the_same_for_both_kinds(cluster):
     place = cluster.place(nodes=3)
     lines = []
-    jobs.train(cluster.api, place, KEY, python("for n in range(3): print('line', n)"), tell=lines.append)
+    jobs.train(cluster.api, place, KEY, python(f"for n in range(3): print('line', n)\n{LAST}"), tell=lines.append)
     assert lines[0] == f"made {cluster.kind} {place.job_name(KEY)}"
     for node in range(3):
         assert of_node(lines, node) == ["line 0", "line 1", "line 2"]
@@ -146,8 +148,10 @@ def test_every_nodes_log_is_told_and_the_state_is_the_same_for_both_kinds(cluste
     ("code", "kind"),
     [
         (3, DataError),
-        *(pytest.param(c, k, marks=SLOW) for c, k in ((2, UsageError), (4, GateRefused), (5, ClusterError))),
-        (1, LesionflowError),
+        *(
+            pytest.param(code, kind, marks=SLOW)
+            for code, kind in ((1, LesionflowError), (2, UsageError), (4, GateRefused), (5, ClusterError))
+        ),
     ],
 )
 def test_a_failing_node_ends_the_job_with_its_own_code_and_words(cluster, code, kind):
@@ -173,11 +177,12 @@ def test_a_crash_without_a_word_quotes_the_end_of_its_log(cluster):
 def test_a_preempted_node_restarts_and_says_why(cluster):
     place = cluster.place()
     body = (
-        f"flag = os.path.join({str(cluster.folder)!r}, '{place.name}-' + str(rank))\n"
-        "first = not os.path.exists(flag)\nopen(flag, 'w').close()\n"
+        f"flag = os.path.join({str(cluster.folder)!r}, '{place.name}-')\n"
+        "first = not os.path.exists(flag + str(rank))\nopen(flag + str(rank), 'w').close()\n"
         "print('first' if first else 'second')\n"
         "if rank == 1 and first: time.sleep(0.5); print('error: preempted after a clean save'); sys.exit(143)\n"
-        "time.sleep(1.5)"
+        "if rank == 1: open(flag + 'done', 'w').close()\n"
+        f"while not os.path.exists(flag + 'done'): time.sleep(0.1)\n{LAST}"
     )
     lines = []
     jobs.train(cluster.api, place, KEY, python(body), tell=lines.append)
@@ -194,7 +199,7 @@ def test_a_killed_node_comes_back(cluster):
     place = cluster.place()
     flag = cluster.folder / f"{place.name}-go"
     body = f"print('up')\nwhile not os.path.exists({str(flag)!r}): time.sleep(0.1)\nprint('done')"
-    body += "\nif rank == 0: time.sleep(1)"  # Once the master is done, this operator stops the workers.
+    body += "\n" + LAST
     running = Running(cluster, place, python(body))
     running.until("[node-1] up")
     running.until("[node-0] up")
@@ -290,7 +295,7 @@ PLANTED = {
 
 
 @NEWER
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("name", [n if n in ("image", "quota") else pytest.param(n, marks=SLOW) for n in PLANTED])
 def test_a_job_that_cannot_start_says_why_at_once_and_is_given_up(cluster, name, monkeypatch):
     plant, words = PLANTED[name]
     monkeypatch.setattr(watch, "find_causes", impatient(watch.find_causes, 1.2))
@@ -344,7 +349,7 @@ def test_broken_log_connections_lose_and_double_nothing(cluster):
     place = cluster.place()
     # More than what is read again after a break: else no connection would come any further.
     cluster.double.faults["cut_logs"] = 25
-    body = "for n in range(45):\n    print('line', n, rank)\n    time.sleep(0.1)"
+    body = "for n in range(45):\n    print('line', n, rank)\n    time.sleep(0.1)\n" + LAST
     lines = []
     jobs.train(cluster.api, place, KEY, python(body), tell=lines.append)
     for node in (0, 1):

@@ -102,6 +102,9 @@ def train(
     fold: Annotated[str, typer.Option(help="Fold number, several with commas, or all.")] = "all",
     processes: Annotated[int, typer.Option(min=1, help="Processes per fold and node (torchrun).")] = 1,
     jobs: Annotated[int, typer.Option(min=0, help="Folds trained side by side; 0: one per core or GPU.")] = 0,
+    anew: Annotated[
+        bool, typer.Option("--anew", help="Start again what another recipe left half-trained here.")
+    ] = False,
     set_: SetOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -125,7 +128,7 @@ def train(
             steps.split(out, planned["split"])
         planned = steps.planned(out)
         folds = None if fold == "all" else _numbers(fold)
-        steps.train(out, planned["train"], folds=folds, processes=processes, jobs=jobs, show=bars.show)
+        steps.train(out, planned["train"], folds=folds, processes=processes, jobs=jobs, anew=anew, show=bars.show)
 
 
 @app.command()

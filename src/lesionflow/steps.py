@@ -105,6 +105,9 @@ def _step(run: Path, step: str, key: str, outputs: Callable[[], Sequence[str]]) 
     # Folds can be trained one by one, so the stack looks at their scores instead of the train step's record.
     if step not in ("prepare", "stack"):
         keys.require(run, before)
+    if keys.planned_keys(run)[step] != key:
+        # Its recipe.toml is another's too: what this step did now would be recorded as what it is not.
+        raise DataError(f"{run}: begun again meanwhile with another recipe, data or code; {step} is left to that")
     if keys.is_done(run, step, key):
         yield False
         return
@@ -192,9 +195,13 @@ def train(
     folds: Sequence[int] | None = None,
     processes: int = 1,
     jobs: int = 0,
+    anew: bool = False,
     show: Callable[[Progress], None] | None = None,
 ) -> None:
-    """Train folds (all by default) -> `fold-<k>/` with weights and held-out scores, continuing what was begun."""
+    """Train folds (all by default) -> `fold-<k>/` with weights and held-out scores, continuing what was begun.
+
+    A model that another recipe left half-trained is refused (`DataError`), or with `anew` started again.
+    """
     from lesionflow.data.folds import Folds
     from lesionflow.training import launch
 
@@ -206,14 +213,14 @@ def train(
         # The job's first node records the step; this one only has to find it done when it comes late.
         keys.require(run, "split")
         if not keys.is_done(run, "train", key):
-            launch.train(run, wanted, processes=processes, jobs=jobs, show=show)
+            launch.train(run, wanted, processes=processes, jobs=jobs, anew=anew, show=show)
         return
     if len(wanted) < count:
-        launch.train(run, wanted, processes=processes, jobs=jobs, show=show)
+        launch.train(run, wanted, processes=processes, jobs=jobs, anew=anew, show=show)
         return
     with _step(run, "train", key, lambda: [f"fold-{k}/{name}" for k in wanted for name in _fold_files(run)]) as needed:
         if needed:
-            launch.train(run, wanted, processes=processes, jobs=jobs, show=show)
+            launch.train(run, wanted, processes=processes, jobs=jobs, anew=anew, show=show)
 
 
 def stack(run: Path, key: str) -> Path:

@@ -103,6 +103,13 @@ def test_every_step_is_there_in_order_with_its_volumes() -> None:
     assert with_secret == {"exec-fetch": "kaggle", "exec-install": "first-wheel"}
 
 
+def test_nothing_is_asked_that_old_backends_refuse_to_run() -> None:
+    """They parse more than they support: a task's final status was "not supported yet" until KFP 2.15."""
+    text = json.dumps(documents(Place("first"), source="kaggle"))
+    for word in ("taskFinalStatus", "parameterIterator", "artifactIterator", "triggerCondition", "retryPolicy"):
+        assert word not in text
+
+
 def test_what_a_place_says_arrives_in_the_pods(tmp_path: Path) -> None:
     place = Place("first", Settings.load(None, ["job.launcher=local", "job.gpus=2", "image.train=me/it:1"]))
     pipeline, _ = documents(place)

@@ -136,6 +136,8 @@ def test_from_an_empty_cluster_to_a_served_model_and_away_again(
         status = cluster.command("cluster", "status", "first")
         assert "Succeeded, 2 of 2 nodes" in status.stdout, status.stdout + status.stderr
         assert no_canary(cluster, tmp_path, token, [stored, first, again, changed, status]) == []
+        board = cluster.command("cluster", "tensorboard", "first")
+        assert "/tensorboard/team/first/" in board.stdout, board.stderr
         would = cluster.command("cluster", "clean", "first")
         assert "would remove InferenceService" in would.stdout
         gone = cluster.command("cluster", "clean", "--yes")
@@ -222,3 +224,23 @@ def test_a_failing_job_fails_the_pipeline_with_its_cause(
         assert failure["step"] == "train" and failure["exit_code"] == 2
         assert seconds < 10, f"{seconds:.1f} s from the first pod's end to ours"
         assert cluster.double.store.list("InferenceService") == []
+
+
+def test_clean_ends_a_pipeline_that_still_goes(
+    tmp_path: Path, crds: Path, synthetic: Path, tiny_recipe: Recipe
+) -> None:
+    with running(tmp_path, crds, "kubeflow-1.11", nodes=2) as cluster:
+        copy_data(synthetic, cluster)
+        started = cluster.start(write(tiny_recipe, tmp_path / "recipe.toml", epochs=500), "--no-wait")
+        assert started.returncode == 0, started.stderr
+        (run,) = cluster.pipelines.runs.values()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not cluster.jobs():
+            time.sleep(0.2)
+        assert cluster.jobs()
+        gone = cluster.command("cluster", "clean", "first", "--yes", "--cluster", str(cluster.settings))
+        assert gone.returncode == 0, gone.stderr
+        assert f"terminated the pipeline run {run['run_id']}" in gone.stdout
+        assert run["state"] == "CANCELED"
+        again = cluster.command("cluster", "clean", "first")
+        assert again.stdout.strip() == "nothing to remove"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import types
 from pathlib import Path
 
 import pytest
@@ -48,20 +47,23 @@ def test_a_failing_step_says_so_to_its_parent_its_log_and_its_run(
     with pytest.raises(SystemExit) as stopped:
         shim.call("gate", str(run), tickets["gate"])
     assert stopped.value.code == 3
-    assert "error: " in capsys.readouterr().out
+    assert "(exit code 3)" in capsys.readouterr().out
     assert json.loads((tmp_path / "status" / "0.json").read_text())["code"] == 3
     assert keys.read_json(run / shim.FAILURE)["step"] == "gate"
-    ended = types.SimpleNamespace(state="FAILED", pipeline_job_resource_name="first")
-    shim.finish(str(run), ended, "", "", clean=False)
-    assert keys.read_json(run / shim.RECORD)["failure"]["exit_code"] == 3
-    begin(run, tiny_recipe, synthetic)
+    shim.finish(str(run), "", "", clean=False)
+    record = keys.read_json(run / shim.RECORD)
+    assert record["state"] == "FAILED" and record["failure"]["exit_code"] == 3
+    shim.fetch(str(run), str(synthetic), "")
+    assert keys.read_json(run / shim.RECORD)["state"] == "RUNNING"
     assert not (run / shim.FAILURE).exists(), "a new start forgets the old failure"
 
 
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shim.fetch(str(tmp_path / "any"), "") == "there"
+    run = str(tmp_path / "run")
+    assert shim.fetch(run, str(tmp_path / "any"), "") == "there"
     with pytest.raises(SystemExit):
-        shim.fetch(str(tmp_path / "any"), "nonsense")
+        shim.fetch(run, str(tmp_path / "any"), "nonsense")
+    assert keys.read_json(Path(run) / shim.FAILURE)["exit_code"] == 2
     held = tmp_path / "secret"
     held.mkdir()
     (held / "KAGGLE_API_TOKEN").write_text("KGAT_token\n")
@@ -71,7 +73,7 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     monkeypatch.setattr("lesionflow.data.fetch.fetch", lambda out: asked.append(os.environ["KAGGLE_API_TOKEN"]))
-    shim.fetch(str(tmp_path / "data"), "kaggle")
+    shim.fetch(run, str(tmp_path / "data"), "kaggle")
     assert asked == ["KGAT_token"], "the mounted secret reaches Kaggle's client, and nothing else does"
     monkeypatch.delenv("KAGGLE_API_TOKEN")
 
@@ -103,3 +105,26 @@ def test_the_place_names_and_paths_of_a_run() -> None:
     assert place.environment.startswith("/mnt/lesionflow/models/environments/")
     assert place.job_name("0123456789abcdef") == "first-01234567"
     assert steps.STEPS[:7] == shim.Tickets._fields
+
+
+def test_a_run_that_was_begun_anew_is_left_to_its_new_recipe(run: Path, tiny_recipe: Recipe, synthetic: Path) -> None:
+    """Two pipelines of one name: the older one must not record its key over what the newer recipe makes."""
+    older = begin(run, tiny_recipe, synthetic)
+    begin(run, Recipe.from_dict({**tiny_recipe.to_dict(), "folds": {"count": 3}}), synthetic)
+    with pytest.raises(SystemExit):
+        shim.call("split", str(run), older["split"])
+    assert "begun again meanwhile" in keys.read_json(run / shim.FAILURE)["message"]
+
+
+def test_curves_follow_the_volume(tmp_path: Path) -> None:
+    run, old, new = tmp_path / "run", tmp_path / "old", tmp_path / "new"
+    for folder in (run, old, new):
+        folder.mkdir()
+    shim._link_events(run / "events", old, "first")
+    (run / "events" / "curve").touch()
+    assert (old / "first" / "curve").exists()
+    shim._link_events(run / "events", new, "first")
+    assert (run / "events" / "curve").exists(), "what is there stays"
+    old.rename(tmp_path / "gone")
+    shim._link_events(run / "events", new, "first")
+    assert (run / "events").resolve() == new / "first"

@@ -11,6 +11,8 @@ import urllib.request
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from lesionflow.cluster.manifests import PORT
+
 Object = dict[str, Any]
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -71,6 +73,12 @@ def served_bundle(url: str, model: str) -> tuple[str | None, str]:
         return "", f"{url} is no lesionflow service"
     except (OSError, http.client.HTTPException) as error:
         return None, str(getattr(error, "reason", None) or error)
+
+
+def pods_port(url: str) -> str | None:
+    """The same address at the port that our pods listen on; None for one that names a port, or from outside."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}:{PORT}{parts.path}" if _inside() and parts.port is None else None
 
 
 def _inside() -> bool:

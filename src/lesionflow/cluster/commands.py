@@ -275,8 +275,12 @@ def cluster_clean(
     """
     from lesionflow.cluster.clean import clean
     from lesionflow.cluster.settings import Settings
+    from lesionflow.cluster.submit import stop
 
-    api = _api(Settings.load(cluster, on or []))
+    settings = Settings.load(cluster, on or [])
+    api = _api(settings)
+    if yes:
+        stop(api, settings, name, tell=typer.echo)
     found = clean(api, name, remove=yes)
     for one in found:
         typer.echo(f"{'removed' if one.removed else 'would remove'} {one.kind} {one.name}")

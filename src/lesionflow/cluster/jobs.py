@@ -16,7 +16,17 @@ from typing import Any, Never
 
 from lesionflow.cluster import manifests
 from lesionflow.cluster.api import Api
-from lesionflow.cluster.jobstate import ENDED, KINDS, JobState, has_begun, launcher, phase_of, pods_of, states
+from lesionflow.cluster.jobstate import (
+    ENDED,
+    KINDS,
+    JobState,
+    create_job,
+    has_begun,
+    launcher,
+    phase_of,
+    pods_of,
+    states,
+)
 from lesionflow.cluster.probe import PROBE, probe
 from lesionflow.cluster.settings import Place
 from lesionflow.cluster.watch import Watch
@@ -102,7 +112,7 @@ def _join_or_make(
             lambda: api.get("TrainingRuntime", name) is None, timeout=REMOVAL, what=f"removing the old runtime {name}"
         )
         api.create(runtime)
-    made = api.create(wanted)
+    made = create_job(api, wanted)
     tell(f"made {kind} {name}")
     return {"apiVersion": wanted["apiVersion"], "kind": kind, **made}
 

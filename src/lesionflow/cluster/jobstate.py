@@ -6,6 +6,7 @@ A PyTorchJob tells its phase in conditions; a TrainJob only how it ended, the re
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ Objects = list[Object]
 KINDS = {"trainjob": "TrainJob", "pytorchjob": "PyTorchJob"}
 """Launcher -> kind, in the order in which `auto` looks for them."""
 ENDED = ("Succeeded", "Failed")
+RUNTIME_PATIENCE = 30.0
+"""Seconds until Trainer's webhook must have seen a new runtime."""
 
 
 @dataclass(frozen=True)
@@ -217,3 +220,15 @@ def _may_get(api: Api, kind: str, name: str) -> Object | None:
         return api.get(kind, name)
     except ClusterError:
         return None
+
+
+def create_job(api: Api, job: Object) -> Object:
+    """Create a job. Trainer's webhook may not know the runtime yet that was made a moment before: then again."""
+    deadline = time.monotonic() + RUNTIME_PATIENCE
+    while True:
+        try:
+            return api.create(job)
+        except ClusterError as error:
+            if "must be created before" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)

@@ -231,17 +231,22 @@ def inference_service(place: Place, *, name: str = "", version: str = "") -> Obj
     if serving.form == "lesionflow":
         spec: Object = {"predictor": ours}
     else:
+        # Older KServe's runtime says nothing of security; Triton itself wants a writable root file system.
+        secured: Object = {k: v for k, v in _CONTAINER_SECURITY.items() if k != "readOnlyRootFilesystem"}
         triton = {
             "modelFormat": {"name": "triton", "version": "2"},
             "runtime": "kserve-tritonserver",
             "protocolVersion": "v2",
             "storageUri": f"{folder}/triton",
             "resources": _resources(serving.cpu, serving.memory, serving.gpus),
-            # Older KServe's runtime says nothing of security; Triton itself wants a writable root file system.
-            "securityContext": {k: v for k, v in _CONTAINER_SECURITY.items() if k != "readOnlyRootFilesystem"},
+            "securityContext": secured,
         }
         # KServe adds --predictor_host, --model_name and --http_port to a transformer's arguments.
-        predictor = {"model": triton, "minReplicas": serving.replicas, "securityContext": _pod_security(place)}
+        predictor: Object = {"model": triton, "minReplicas": serving.replicas}
+        if serving.mode == "raw":
+            predictor["securityContext"] = _pod_security(place)
+        else:
+            secured["runAsUser"] = place.settings.user
         spec = {"predictor": predictor, "transformer": ours}
     if serving.canary and serving.mode == "serverless":
         spec["predictor"]["canaryTrafficPercent"] = serving.canary
@@ -249,7 +254,8 @@ def inference_service(place: Place, *, name: str = "", version: str = "") -> Obj
     mode = "RawDeployment" if serving.mode == "raw" else "Serverless"
     made["metadata"]["annotations"] = {
         "serving.kserve.io/deploymentMode": mode,
-        "sidecar.istio.io/inject": "true" if serving.mode == "serverless" else "false",
+        # With one, a profile's own policy denies what comes through Knative's gateway without a login.
+        "sidecar.istio.io/inject": "false",
     }
     if serving.mode == "serverless":
         made["metadata"]["annotations"]["serving.kserve.io/enable-tag-routing"] = "true"

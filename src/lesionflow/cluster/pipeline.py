@@ -33,10 +33,10 @@ component = dsl.component(base_image=IMAGE, install_kfp_package=False)
 
 
 @component
-def fetch(data: str, source: str) -> str:
+def fetch(run: str, data: str, source: str) -> str:
     from lesionflow.cluster import shim
 
-    return shim.fetch(data, source)
+    return shim.fetch(run, data, source)
 
 
 @component
@@ -114,22 +114,26 @@ def smoke(run: str, name: str, settings: str, after: str) -> str:
 
 
 @component
-def finish(status: dsl.PipelineTaskFinalStatus, run: str, name: str, settings: str, clean: bool) -> str:
+def finish(run: str, name: str, settings: str, clean: bool) -> str:
+    # KFP's own word for how it ended (PipelineTaskFinalStatus) would be refused by backends before 2.15.
     from lesionflow.cluster import shim
 
-    return shim.finish(run, status, name, settings, clean)
+    return shim.finish(run, name, settings, clean)
 
 
 INSTALL = """
 umask 0
 if [ -e "$1/.ready" ]; then echo "$1 is there"; exit 0; fi
-new="$1.$$"
+mkdir -p "$(dirname "$1")"
+new=$(mktemp -d "$1.XXXXXX")
+trap 'rm -rf "$new"' EXIT
+chmod 755 "$new"
 python3 -m venv --system-site-packages "$new"
 "$new/bin/python" -m pip install --no-cache-dir ${3:+--index-url "$3"} "$2[train,serve,cluster]"
 "$new/bin/python" -m lesionflow --version
 touch "$new/.ready"
 # Another run may have been quicker; what a pod of its uses then stays as it is. A half-made one goes.
-if [ ! -e "$1/.ready" ]; then rm -rf "$1"; mv -T "$new" "$1"; else rm -rf "$new"; fi
+if [ ! -e "$1/.ready" ]; then rm -rf "$1"; mv -T "$new" "$1"; fi
 """
 """Runs before everything else where the image doesn't hold lesionflow. The environment stands on the image's
 packages (torch among them), so only what is missing is installed, and every later pod starts at once."""
@@ -167,7 +171,7 @@ def build(place: Place | None = None, *, source: str = "") -> Any:
         """
         ending = finish(run=run, name=name, settings=settings, clean=clean).set_caching_options(False)
         with dsl.ExitHandler(ending, name="job"):
-            fetched = fetch(data=data, source=source).set_caching_options(False)
+            fetched = fetch(run=run, data=data, source=source).set_caching_options(False)
             begun = begin(run=run, data=data, recipe=recipe, incumbent=incumbent, after=fetched.output)
             tickets = begun.set_caching_options(False).outputs
             prepared = prepare(run=run, data=data, ticket=tickets["prepare"])

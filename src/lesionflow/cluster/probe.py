@@ -21,6 +21,7 @@ from lesionflow.cluster.jobstate import (
     ENDED,
     KINDS,
     condemned,
+    create_job,
     ended_of,
     has_begun,
     launcher,
@@ -168,7 +169,7 @@ def probe(api: Api, place: Place, *, timeout: float = 600.0) -> dict[str, Any]:
     _remove(api, made)
     try:
         for obj in made:
-            api.create(obj)
+            create_job(api, obj)
         nodes = _await(api, kind, name, timeout)
         seconds = round(time.monotonic() - start, 1)
     finally:

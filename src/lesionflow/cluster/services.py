@@ -29,7 +29,14 @@ from typing import Any
 
 from lesionflow.bundle import Bundle
 from lesionflow.cluster import manifests
-from lesionflow.cluster.addresses import newest_is_ready, predictor_status, revision_url, served_bundle, service_url
+from lesionflow.cluster.addresses import (
+    newest_is_ready,
+    pods_port,
+    predictor_status,
+    revision_url,
+    served_bundle,
+    service_url,
+)
 from lesionflow.cluster.api import Api
 from lesionflow.cluster.explain import find_causes
 from lesionflow.cluster.settings import Place
@@ -250,6 +257,11 @@ def _wait(
             served, found = served_bundle(url, bundle.name)
             if served == bundle.version:
                 return url
+            if served is None and (direct := pods_port(url)):
+                # A headless service's name leads to the pods themselves, which listen elsewhere.
+                served, found = served_bundle(direct, bundle.name)
+                if served == bundle.version:
+                    return direct
             answered = answered or served is not None
             if not answered and now - first_seen.setdefault("", now) > REACH:
                 raise ClusterError(

@@ -169,6 +169,12 @@ class Settings:
         _check_label(settings.kaggle_secret, f"{where}: kaggle_secret", 50)
         # "-candidate" and KServe's "-transformer" follow it, and the whole may have 63 letters.
         _check_label(serving.name, f"{where}: serving.name", 40)
+        for field, url in (("image.index", settings.image.index), ("kfp", settings.kfp)):
+            if "@" in url.partition("://")[2].partition("/")[0]:
+                # Settings are parameters of the pipeline: everybody who sees its page would read them.
+                raise UsageError(
+                    f"{where}: {field} carries a login; give one without, or build images with what it needs"
+                )
         if not volumes.mount.startswith("/"):
             raise UsageError(f"{where}: volumes.mount must be an absolute path, got {volumes.mount!r}")
         parse_selector(job.node_selector, f"{where}: job.node_selector")

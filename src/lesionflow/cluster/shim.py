@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import tomllib
+import traceback
 import uuid
 from collections import namedtuple
 from collections.abc import Iterator
@@ -31,13 +32,17 @@ FAILURE = "failure.json"
 RECORD = "pipeline.json"
 ROC_POINTS = 200
 
+keys.share_files()  # Before anything is written to a volume.
 
-def fetch(data: str, source: str) -> str:
+
+def fetch(run: str, data: str, source: str) -> str:
     """See that the data set is there: from Kaggle, synthetic, or (with no source) what lies there already."""
     from lesionflow.data.fetch import fetch as download
     from lesionflow.data.synthetic import synthesize
 
-    with _step(None, "fetch"):
+    (Path(run) / FAILURE).unlink(missing_ok=True)
+    keys.write_json(Path(run) / RECORD, {"state": "RUNNING", "began": _now()})
+    with _step(run, "fetch"):
         if source == "kaggle":
             for held in Path(KAGGLE_SECRET).glob("KAGGLE_*"):
                 os.environ[held.name] = held.read_text().strip()
@@ -58,7 +63,6 @@ def begin(run: str, data: str, recipe: str, incumbent: str = "") -> Any:
     so that no cache of KFP's outlives the files.
     """
     with _step(run, "begin"):
-        (Path(run) / FAILURE).unlink(missing_ok=True)
         planned = steps.begin(
             Path(run),
             Recipe.from_dict(tomllib.loads(recipe)),
@@ -84,20 +88,18 @@ def train(run: str, ticket: str, processes: int, name: str, settings: str) -> st
     from lesionflow.progress import TrainingBars
 
     place = _place(name, settings)
-    if place is not None and (logs := Path(place.path("logs"))).is_dir() and not (Path(run) / "events").exists():
-        # TensorBoard gets its own volume: it reads on while this one is full, and after it is gone.
-        (logs / name).mkdir(exist_ok=True)
-        (Path(run) / "events").symlink_to(logs / name)
+    if place is not None:
+        _link_events(Path(run) / "events", Path(place.path("logs")), name)
     if place is None or place.settings.job.launcher == "local":
         with TrainingBars() as bars:
-            return call("train", run, ticket, processes=processes, show=bars.show)
+            return call("train", run, ticket, processes=processes, anew=True, show=bars.show)
     from lesionflow.cluster import jobs
     from lesionflow.cluster.api import Api
 
     with _step(run, "train"):
         if not keys.is_done(Path(run), "train", _key(ticket)):
             # -u: an operator may ask for buffered output, which would keep the log back.
-            command = [place.python, "-u", "-m", "lesionflow", "train", "--out", run]
+            command = [place.python, "-u", "-m", "lesionflow", "train", "--out", run, "--anew"]
             command += ["--processes", str(place.settings.job.processes)]
             jobs.train(Api.connect(place.settings), place, _key(ticket), command, tell=_tell)
         if not keys.is_done(Path(run), "train", _key(ticket)):
@@ -145,34 +147,21 @@ def smoke(run: str, name: str, settings: str) -> str:
     with _step(run, "smoke"):
         if place is None:
             steps.smoke(Path(run))
-            return "smoke"
-        from lesionflow.cluster import services
-        from lesionflow.cluster.api import Api
-
-        api = Api.connect(place.settings)
-        try:
-            steps.smoke(Path(run))
-        except LesionflowError:
-            services.settle(api, place, Path(run), passed=False)
-            raise
-        services.settle(api, place, Path(run), passed=True)
+        else:
+            _prove(Path(run), place)
+    keys.write_json(Path(run) / RECORD, {**_record(Path(run)), "state": "SUCCEEDED"})
     return "smoke"
 
 
-def finish(run: str, status: Any, name: str, settings: str, clean: bool) -> str:
+def finish(run: str, name: str, settings: str, clean: bool) -> str:
     """Record how the pipeline ended in the run's pipeline.json; if asked, remove its training job."""
     folder = Path(run)
+    record = _record(folder)
     failure = keys.read_json(folder / FAILURE) if (folder / FAILURE).exists() else None
-    keys.write_json(
-        folder / RECORD,
-        {
-            "state": status.state,
-            "pipeline": status.pipeline_job_resource_name,
-            "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "failure": failure,
-        },
-    )
-    _tell(f"the pipeline ended: {status.state}" + (f"; {failure['step']}: {failure['message']}" if failure else ""))
+    # The last step says SUCCEEDED; whatever ended before that, a stop in KFP's page too, has not.
+    state = "SUCCEEDED" if record.get("state") == "SUCCEEDED" else "FAILED"
+    keys.write_json(folder / RECORD, {**record, "state": state, "ended": _now(), "failure": failure})
+    _tell(f"the pipeline ended: {state}" + (f"; {failure['step']}: {failure['message']}" if failure else ""))
     if clean and (place := _place(name, settings)) is not None:
         from lesionflow.cluster.api import Api
 
@@ -181,7 +170,7 @@ def finish(run: str, status: Any, name: str, settings: str, clean: bool) -> str:
             for found in api.list(kind, selector(place.name)):
                 api.delete(kind, found["metadata"]["name"])
                 _tell(f"removed {kind} {found['metadata']['name']}")
-    return str(status.state)
+    return state
 
 
 def flat_figures(metrics: Any, name: str = "") -> dict[str, float]:
@@ -214,6 +203,37 @@ def _roc(oof: Path) -> tuple[list[float], list[float], list[float]]:
     return rates[0].tolist(), rates[1].tolist(), np.append(1.0, scores).tolist()
 
 
+def _prove(run: Path, place: Place) -> None:
+    """Ask the new model about its reference lesions; promote it, or roll back."""
+    from lesionflow.cluster import services
+    from lesionflow.cluster.api import Api
+
+    api = Api.connect(place.settings)
+    try:
+        steps.smoke(run)
+    except LesionflowError:
+        services.settle(api, place, run, passed=False)
+        raise
+    services.settle(api, place, run, passed=True)
+
+
+def _link_events(events: Path, logs: Path, name: str) -> None:
+    """Let the run's curves lie on the logs volume: TensorBoard reads that one alone."""
+    if events.is_symlink() and not events.exists():
+        events.unlink()  # To another claim, or where it was mounted before.
+    if logs.is_dir() and not events.exists():
+        (logs / name).mkdir(exist_ok=True)
+        events.symlink_to(logs / name)
+
+
+def _record(run: Path) -> dict[str, Any]:
+    return keys.read_json(run / RECORD) if (run / RECORD).exists() else {}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def _ticket(run: Path, step: str, key: str) -> str:
     record = keys.read_record(run, step)
     if record and record.get("ticket") and keys.is_done(run, step, key):
@@ -236,20 +256,23 @@ def _place(name: str, settings: str) -> Place | None:
 
 
 @contextlib.contextmanager
-def _step(run: str | None, step: str) -> Iterator[None]:
-    """End the process with the error table's exit code if the step fails, its cause written where others look."""
-    keys.share_files()
+def _step(run: str, step: str) -> Iterator[None]:
+    """End the process with the error table's exit code if the step fails, its cause written where others look.
+
+    KFP's launcher turns every code into 1, so the line in the log carries it.
+    """
     try:
         yield
-    except LesionflowError as error:
-        _tell(f"error: {error}")
-        report(error.exit_code, str(error))
-        if run is not None:
-            with contextlib.suppress(OSError):
-                keys.write_json(
-                    Path(run) / FAILURE, {"step": step, "exit_code": error.exit_code, "message": str(error)}
-                )
-        sys.exit(error.exit_code)
+    except Exception as error:
+        code = error.exit_code if isinstance(error, LesionflowError) else 1
+        message = str(error) if isinstance(error, LesionflowError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            keys.write_json(Path(run) / FAILURE, {"step": step, "exit_code": code, "message": message})
+        report(code, message)
+        if code == 1:
+            traceback.print_exc()
+        _tell(f"error: {message} (exit code {code})")
+        sys.exit(code)
 
 
 def _tell(text: str) -> None:

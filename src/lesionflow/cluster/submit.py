@@ -24,7 +24,7 @@ from typing import Any
 from lesionflow.cluster import kfp_api, manifests
 from lesionflow.cluster.api import Api
 from lesionflow.cluster.compile import compile_pipeline
-from lesionflow.cluster.settings import Place
+from lesionflow.cluster.settings import Place, Settings
 from lesionflow.cluster.wheel import file_name, wheel_bytes
 from lesionflow.errors import ClusterError, LesionflowError, UsageError, from_exit_code
 from lesionflow.recipe import Recipe
@@ -34,6 +34,8 @@ POLL = 2.0
 """Seconds between two looks at a run."""
 PATIENCE = 120.0
 """Seconds the Pipelines API may be away while a run is watched."""
+PIPELINE_RUN = "lesionflow/pipeline-run"
+"""Annotation of the models claim: the newest pipeline run on it."""
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 
 
@@ -96,7 +98,28 @@ def submit(
                 namespace=namespace,
                 service_account=place.settings.service_account,
             )
+    if not place.settings.volumes.models_claim:
+        note = {"metadata": {"annotations": {PIPELINE_RUN: made.run_id}}}
+        api.patch("PersistentVolumeClaim", place.claim("models"), note)
     return Submitted(made.run_id, f"{url}/#/runs/details/{made.run_id}")
+
+
+def stop(api: Api, settings: Settings, name: str = "", *, tell: Callable[[str], object] = print) -> None:
+    """Terminate a run's pipeline (without a name, every run's) if it still goes, before its volumes are removed.
+
+    A pipeline that can't be asked is named, and nothing more: it may be gone with its Kubeflow.
+    """
+    claims = api.list("PersistentVolumeClaim", manifests.selector(name))
+    noted = {c["metadata"].get("annotations", {}).get(PIPELINE_RUN) for c in claims} - {None}
+    url = kfp_api.endpoint(settings)
+    for run_id in sorted(noted):
+        try:
+            if not url:
+                raise ClusterError("Kubeflow Pipelines isn't known from here")
+            if _terminate(api, _client(url), run_id):
+                tell(f"terminated the pipeline run {run_id}")
+        except Exception as error:  # kfp's client raises its transport's own kinds.
+            tell(f"can't say whether the pipeline run {run_id} still goes ({error.__class__.__name__})")
 
 
 def make_objects(api: Api, place: Place, *, kaggle: bool = False) -> None:
@@ -164,12 +187,25 @@ def _cause(api: Api, submitted: Submitted, run: Any) -> LesionflowError:
         if pod.get("status", {}).get("phase") != "Failed":
             continue
         name = pod["metadata"]["name"]
-        statuses = [s for s in pod["status"].get("containerStatuses", ()) if s["name"] == "main"]
-        codes = [s.get("state", {}).get("terminated", {}).get("exitCode", 1) for s in statuses]
-        if lines := re.findall(r"error: (.+)", api.tail(name, 50, container="main")):
-            return from_exit_code(int(codes[0]) if codes else 1, f"{lines[-1].strip()} (pod {name}, {submitted.url})")
+        # KFP's launcher ends with 1 whatever the step did: the step's own line has its code.
+        if lines := re.findall(r"(?m)^\s*error: (.+) \(exit code (\d+)\)$", api.tail(name, 100, container="main")):
+            message, code = lines[-1]
+            return from_exit_code(int(code), f"{message} (pod {name}, {submitted.url})")
     known = getattr(getattr(run, "error", None), "message", "") or f"the run ended {run.state}"
     return ClusterError(f"{known}; see {submitted.url}")
+
+
+def _terminate(api: Api, client: Any, run_id: str) -> bool:
+    """End a pipeline run and wait for that; False if it had ended."""
+
+    def ended() -> bool:
+        return client.get_run(run_id).state in ENDED
+
+    if ended():
+        return False
+    client.terminate_run(run_id)
+    api.wait(ended, timeout=PATIENCE, what="the pipeline's end", every=0.5)
+    return True
 
 
 def _client(url: str) -> Any:

@@ -111,13 +111,14 @@ class Conductor(L.Callback):
         loss, stop = self._agree(trainer, module)
         figures: dict[str, float] = {}
         options = module.recipe.training
-        if options.validate_every and (last or (within == 0 and epoch % options.validate_every == 0)):
-            figures = self.validate(module)
-        self._record(trainer, module, loss, figures)
+        # Before the validation: it may take longer than the time that a stop is given.
         if stop or (within == 0 and (epoch % options.checkpoint_every == 0 or last)):
             if trainer.is_global_zero:
                 resume.save(self.out / "last.ckpt", module, trainer.optimizers[0], self.identity)
             trainer.strategy.barrier()
+        if not stop and options.validate_every and (last or (within == 0 and epoch % options.validate_every == 0)):
+            figures = self.validate(module)
+        self._record(trainer, module, loss, figures)
         if stop and not last:
             self.preempted = True
             trainer.should_stop = True

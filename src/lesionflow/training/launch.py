@@ -78,6 +78,7 @@ def train(
     *,
     processes: int = 1,
     jobs: int = 0,
+    anew: bool = False,
     show: Callable[[status.Progress], None] | None = None,
 ) -> None:
     """Train folds of a prepared run and return when all are done.
@@ -87,26 +88,29 @@ def train(
     """
     nodes = Nodes.from_environment(os.environ)
     if processes > 1 or nodes.count > 1:
-        worker = [str(run), "--folds", ",".join(map(str, folds))]
+        worker = [str(run), "--folds", ",".join(map(str, folds)), *(["--anew"] if anew else [])]
         gpus = _gpus()
         if 0 < gpus < processes:
             logger.warning("%d processes for %d GPUs: training on the CPU; use --processes %d", processes, gpus, gpus)
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         threads = _threads(processes)
         command = _torchrun(worker, processes, nodes)
-        for attempt in range(RENDEZVOUS_ATTEMPTS):
-            peers = Peers(run, nodes.count, nodes.rank) if nodes.count > 1 else None
-            try:
-                run_children(
-                    [command], run, folds, at_once=1, threads=threads, show=None if nodes.rank else show,
-                    log=not nodes.operated, peers=peers,
-                )  # fmt: skip
-                return
-            except NotJoined:
-                # The first node may just have been replaced; nothing was trained yet, so nothing is lost.
-                if attempt + 1 == RENDEZVOUS_ATTEMPTS:
-                    raise
-                time.sleep(2)
+        with _stop_flag() as stop_asked:
+            for attempt in range(RENDEZVOUS_ATTEMPTS):
+                peers = Peers(run, nodes.count, nodes.rank) if nodes.count > 1 else None
+                try:
+                    run_children(
+                        [command], run, folds, at_once=1, threads=threads, show=None if nodes.rank else show,
+                        log=not nodes.operated, peers=peers,
+                    )  # fmt: skip
+                    return
+                except NotJoined:
+                    # The first node may just have been replaced; nothing was trained yet, so nothing is lost.
+                    if stop_asked():
+                        raise Preempted("stopped before training began; run again to go on") from None
+                    if attempt + 1 == RENDEZVOUS_ATTEMPTS:
+                        raise
+                    time.sleep(2)
         return
     gpus = _gpus()
     # One fold per GPU where there are any, else one per core.
@@ -114,9 +118,10 @@ def train(
     if jobs == 1:
         from lesionflow.training.run import train_folds
 
-        train_folds(run, folds, show=show)
+        train_folds(run, folds, anew=anew, show=show)
         return
-    commands = [[sys.executable, "-m", "lesionflow.training.run", str(run), "--folds", str(fold)] for fold in folds]
+    worker = [sys.executable, "-m", "lesionflow.training.run", str(run), *(["--anew"] if anew else [])]
+    commands = [[*worker, "--folds", str(fold)] for fold in folds]
     run_children(commands, run, folds, at_once=jobs, threads=_threads(jobs), gpu_each=gpus > 0, show=show)
 
 
@@ -209,7 +214,8 @@ def run_children(
                     _kill([child for child, _ in running.values()])
                     raise Preempted(f"{why}; start again to go on from the last checkpoint")
             time.sleep(_POLL_SECONDS)
-        if peers and not has_joined and any(o.code == 1 and not o.message for o in outcomes.values()):
+        silent = any(o.code == 1 and not o.message for o in outcomes.values())
+        if peers and silent and not has_joined and not stop_asked():
             raise NotJoined("the nodes of this job didn't find each other; see the log above")
         _raise_outcome(outcomes, run, folds, interrupted=stop_asked(), log=log)
 
@@ -220,6 +226,8 @@ def _start(
     status_dir.mkdir()
     environment = {k: v for k, v in os.environ.items() if k not in _OPERATOR and not k.startswith("PET_")}
     environment |= {status.VARIABLE: str(status_dir), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    # torchrun gives its workers 30 s by itself, less than a validation and a save may take.
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(round(GRACE_SECONDS - 5))
     if gpu is not None:
         # Only some of the machine's GPUs may be ours: the children share what this process sees.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

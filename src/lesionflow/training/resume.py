@@ -36,11 +36,12 @@ def save(path: Path, module: LesionModule, optimizer: torch.optim.Optimizer, ide
         file.write(buffer.getbuffer())
 
 
-def load(path: Path, identity: str) -> dict[str, Any] | None:
+def load(path: Path, identity: str, *, anew: bool = False) -> dict[str, Any] | None:
     """The state to continue from, or None where there is none.
 
     A file that can't be read is passed over with a warning: training starts again, which costs
-    time but never a wrong result. Raises `DataError` for a checkpoint of another training.
+    time but never a wrong result. So is, with `anew`, a checkpoint of another training, which raises
+    `DataError` otherwise.
     """
     if not path.exists():
         return None
@@ -49,6 +50,9 @@ def load(path: Path, identity: str) -> dict[str, Any] | None:
         found = state["identity"]
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError on damaged files.
         logger.warning("%s: unreadable checkpoint (%s), starting this model again", path, type(error).__name__)
+        return None
+    if found != identity and anew:
+        logger.warning("%s: of another recipe, data set or version of the code; starting this model anew", path)
         return None
     if found != identity:
         raise DataError(

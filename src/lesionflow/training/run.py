@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import logging
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,10 +46,16 @@ from lesionflow.training.status import Progress, report
 
 Show = Callable[[Progress], None]
 
+LOCK_PATIENCE = 120.0
+"""Seconds a file server may hold a lock of a node that is gone."""
 
-def train_folds(run: Path, wanted: Sequence[int], *, show: Show | None = None) -> None:
+logger = logging.getLogger(__name__)
+
+
+def train_folds(run: Path, wanted: Sequence[int], *, anew: bool = False, show: Show | None = None) -> None:
     """Train and score the wanted folds of a prepared run, continuing whatever was begun.
 
+    `anew` starts a model again whose checkpoint is of another training, instead of refusing it.
     Raises `DataError` for data that changed or can't be decoded, `Preempted` after a clean save.
     """
     recipe, store, folds = (
@@ -65,7 +73,7 @@ def train_folds(run: Path, wanted: Sequence[int], *, show: Show | None = None) -
     with Stop.listening() as stop:
         for fold in wanted:
             with _locked(run / f"fold-{fold}"):
-                _train_fold(_Fold(run, key, recipe, store, folds, fold, stop, show))
+                _train_fold(_Fold(run, key, recipe, store, folds, fold, stop, show, anew))
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class _Fold:
     number: int
     stop: Stop
     show: Show | None
+    anew: bool = False
 
     @property
     def out(self) -> Path:
@@ -134,7 +143,7 @@ def _train_model(fold: _Fold, model: int) -> Path:
     weights = out / "weights.safetensors"
     if weights.exists() and weights_identity(weights) == identity:
         return weights
-    state = resume.load(out / "last.ckpt", identity)
+    state = resume.load(out / "last.ckpt", identity, anew=fold.anew)
     barrier()  # Every rank has looked before rank 0 removes or writes anything.
     if state is None and rank() == 0:
         shutil.rmtree(out, ignore_errors=True)
@@ -174,6 +183,7 @@ def _train_model(fold: _Fold, model: int) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         # One entry only: with more, their order and so the file's hash would be random.
         save_file(tensors, out / "weights.tmp", metadata={"identity": identity})
+        (out / "weights.tmp").chmod(0o644)  # safetensors lets nobody else read it.
         (out / "weights.tmp").replace(weights)
         (out / "last.ckpt").unlink(missing_ok=True)
     barrier()
@@ -231,11 +241,25 @@ def _locked(folder: Path) -> Iterator[None]:
     if rank() != 0:
         yield
         return
+    several_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    deadline = time.monotonic() + (LOCK_PATIENCE if several_nodes else 0)
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{folder}: another process is training here; wait for it, or stop it") from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(1)
+                elif several_nodes:
+                    raise Preempted(f"{folder}: still locked by a node that is gone; start again to go on") from None
+                else:
+                    raise UsageError(f"{folder}: another process is training here; wait for it, or stop it") from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                logger.warning("%s: this volume has no locks; see that nothing else trains here", folder)
+                break
         yield
 
 
@@ -256,9 +280,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lesionflow.training.run", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--folds", required=True, type=lambda text: [int(k) for k in text.split(",")])
+    parser.add_argument("--anew", action="store_true")
     options = parser.parse_args(argv)
     try:
-        train_folds(options.run, options.folds)
+        train_folds(options.run, options.folds, anew=options.anew)
     except LesionflowError as error:
         # A loader process hands its error over as a text that ends with the original message.
         message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()

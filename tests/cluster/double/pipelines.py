@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,7 @@ class Pipelines:
         self.specs: dict[str, dict[str, Any]] = {}
         """Run id -> what was submitted: pipeline_spec and runtime_config."""
         self.outputs: dict[str, str] = {}
-        self._children: list[subprocess.Popen[str]] = []
+        self._children: dict[str, subprocess.Popen[str]] = {}
         self._scratch = tempfile.TemporaryDirectory(prefix="lesionflow-kfp-")
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -62,10 +63,8 @@ class Pipelines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for child in self._children:
-            child.terminate()
-        for child in self._children:
-            child.wait(60)
+        for run_id in self._children:
+            self.terminate(run_id)
         self._server.shutdown()
         self._server.server_close()
         self._scratch.cleanup()
@@ -85,9 +84,17 @@ class Pipelines:
         threading.Thread(target=self._execute, args=(run_id, body), daemon=True).start()
         return run
 
+    def terminate(self, run_id: str) -> None:
+        child = self._children[run_id]
+        if child.poll() is None:
+            self.runs[run_id]["state"] = "CANCELING"
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
     def _execute(self, run_id: str, body: dict[str, Any]) -> None:
         folder = Path(self._scratch.name) / run_id
-        (folder / "status").mkdir(parents=True)
+        folder.mkdir(parents=True)
         spec = body["pipeline_spec"]
         documents = [spec["pipeline_spec"], spec["platform_spec"]] if "pipeline_spec" in spec else [spec]
         (folder / "pipeline.yaml").write_text(yaml.safe_dump_all(documents))
@@ -98,9 +105,10 @@ class Pipelines:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **self.environment, "LESIONFLOW_STATUS": str(folder / "status")},
+            env={**os.environ, **self.environment},
+            start_new_session=True,
         )
-        self._children.append(child)
+        self._children[run_id] = child
         tasks: dict[str, dict[str, Any]] = {}
         lines: list[str] = []
         assert child.stdout
@@ -113,14 +121,15 @@ class Pipelines:
                 state = "SUCCEEDED" if match[2] == "SUCCESS" else "FAILED"
                 tasks[match[1]] = {"display_name": match[1], "state": state, "run_id": run_id}
                 if state == "FAILED":
-                    self._failed_pod(run_id, match[1], lines, folder / "status")
+                    self._failed_pod(run_id, match[1], lines)
             self.runs[run_id]["run_details"] = {"task_details": list(tasks.values())}
         code = child.wait()
-        self.runs[run_id] |= {"state": "SUCCEEDED" if code == 0 else "FAILED", "finished_at": _now()}
+        stopped = self.runs[run_id]["state"] == "CANCELING"
+        state = "CANCELED" if stopped else "SUCCEEDED" if code == 0 else "FAILED"
+        self.runs[run_id] |= {"state": state, "finished_at": _now()}
 
-    def _failed_pod(self, run_id: str, task: str, lines: list[str], status: Path) -> None:
-        """The pod that a failed component leaves on a cluster: its exit code, and its log."""
-        codes = [json.loads(path.read_text())["code"] for path in status.glob("*.json")]
+    def _failed_pod(self, run_id: str, task: str, lines: list[str]) -> None:
+        """The pod that a failed component leaves on a cluster: its log, and the launcher's exit code."""
         name = f"lesionflow-{run_id[:8]}-{task}"
         store = self.double.store
         store.create(
@@ -149,7 +158,8 @@ class Pipelines:
                         "imageID": "",
                         "ready": False,
                         "restartCount": 0,
-                        "state": {"terminated": {"exitCode": codes[0] if codes else 1, "reason": "Error"}},
+                        # KFP's launcher ends with 1, whatever the step ended with.
+                        "state": {"terminated": {"exitCode": 1, "reason": "Error"}},
                     }
                 ],
             },
@@ -192,6 +202,9 @@ def _handler(pipelines: Pipelines) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
             if self.path.rstrip("/").endswith("/runs"):
                 self.answer(pipelines.submit(body))
+            elif self.path.endswith(":terminate"):
+                pipelines.terminate(self.path.rpartition("/")[2].removesuffix(":terminate"))
+                self.answer({})
             elif self.path.rstrip("/").endswith("/experiments"):
                 self.answer({**experiment, "display_name": body["display_name"]})
             else:

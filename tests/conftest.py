@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,31 @@ def real_data() -> Path:
     if not (path / "isic2024-images").is_dir():
         pytest.skip(f"no real data in {path}: set LESIONFLOW_REAL_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def environment_with():
+    """Make a virtual environment of packages that clash with ours: `environment_with(name, *pip_arguments)` -> folder.
+
+    Made once and kept in LESIONFLOW_CACHE (by default ~/.cache/lesionflow); skips if pip can't install them.
+    """
+
+    def make(name: str, *pip_arguments: str) -> Path:
+        cache = Path(os.environ.get("LESIONFLOW_CACHE", Path.home() / ".cache" / "lesionflow"))
+        place = cache / f"{name}-python{sys.version_info[0]}.{sys.version_info[1]}"
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / f".{place.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # Two test processes may want the same one.
+            if not (place / "complete").exists():
+                subprocess.run([sys.executable, "-m", "venv", "--clear", place], check=True)
+                command = [place / "bin" / "python", "-m", "pip", "install", "--quiet", *pip_arguments]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    pytest.skip(f"pip can't install {name}: {done.stderr.strip()[-300:]}")
+                (place / "complete").touch()
+        return place
+
+    return make
 
 
 @pytest.fixture(scope="session")

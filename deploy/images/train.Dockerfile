@@ -25,8 +25,8 @@ FROM ${BASE}${DIGEST:+@${DIGEST}}
 COPY --from=build /opt/lesionflow /opt/lesionflow
 # /tmp is the only place outside of volumes that is written to: mount something there and the rest can be read-only.
 ENV PATH=/opt/lesionflow/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-# Where older Kubeflow Pipelines put a step's artifacts, whoever the step runs as.
-RUN mkdir -p /minio /gcs /s3 && chmod 1777 /minio /gcs /s3
+# Where older Kubeflow Pipelines put the artifacts of a step.
+RUN install -d -o 1000 -g 1000 /minio /gcs /s3
 WORKDIR /tmp
 USER 1000:1000
 # A batch job: there is nothing to ask about its health but its exit code.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,17 +40,9 @@ for name, executor in platform["platforms"]["kubernetes"]["deploymentSpec"]["exe
 
 
 @pytest.fixture(scope="module")
-def old_python() -> Path:
-    """An interpreter with the messages of KFP 2.0.3, kept in a cache folder."""
-    cache = Path(os.environ.get("LESIONFLOW_CACHE", Path.home() / ".cache" / "lesionflow")) / "kfp-2.0.3"
-    python = cache / "bin" / "python"
-    if not (cache / ".ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(cache)], check=True)
-        done = subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *OLD], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"pip can't install {OLD[0]}: {done.stderr[-200:]}")
-        (cache / ".ready").touch()
-    return python
+def old_python(environment_with) -> Path:
+    """An interpreter with the messages of KFP 2.0.3."""
+    return environment_with("kfp-2.0.3", "--no-deps", *OLD) / "bin" / "python"
 
 
 def parse(python: Path, path: Path) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,7 @@
 """The SDKs that Kubeflow's users have, against the double: each in an environment of its own.
 
-They bring clients of other versions than ours, so each runs as a process in a virtual environment that is made once,
-in LESIONFLOW_TEST_CACHE (by default ~/.cache/lesionflow-tests). What an operator would do, the test does itself.
+They bring clients of other versions than ours, so each runs as a process in a virtual environment that is
+made once and kept. What an operator would do, the test does itself.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -29,22 +28,12 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def sdk(double: Double, tmp_path: Path) -> Run:
+def sdk(double: Double, tmp_path: Path, environment_with) -> Run:
     """Run a script with a package that isn't ours; what it prints."""
 
     def run(requirements: str, script: str) -> str:
-        cache = Path(os.environ.get("LESIONFLOW_TEST_CACHE", Path.home() / ".cache" / "lesionflow-tests"))
-        folder = cache / re.sub(r"[^a-z0-9.]+", "-", requirements).strip("-")
-        python, done = folder / "bin" / "python", folder / "installed"
-        if not done.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-            pip = subprocess.run(
-                [python, "-m", "pip", "install", "-q", *requirements.split()], capture_output=True, text=True
-            )
-            if pip.returncode:
-                pytest.skip(f"cannot install {requirements}: {pip.stderr.splitlines()[-1]}")
-            done.touch()
+        name = re.sub(r"[^a-z0-9.]+", "-", requirements).strip("-")
+        python = environment_with(name, *requirements.split()) / "bin" / "python"
         # The SDKs read the source of the functions they are given, so the script is a file.
         file = tmp_path / "script.py"
         file.write_text(textwrap.dedent(script))

@@ -163,18 +163,8 @@ np.savez(out, config=json.dumps({
 
 
 @pytest.fixture(scope="session")
-def triton_environment() -> Path:
-    """A virtual environment with a Triton server, made once and kept (LESIONFLOW_CACHE, by default ~/.cache)."""
-    cache = Path(os.environ.get("LESIONFLOW_CACHE", Path.home() / ".cache")) / "lesionflow"
-    place = cache / f"pytriton-0.7.0-python{sys.version_info[0]}.{sys.version_info[1]}"
-    if not (place / "complete").exists():
-        shutil.rmtree(place, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        done = subprocess.run([place / "bin/pip", "install", "--quiet", *PACKAGES], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"pip can't install a Triton server: {done.stderr.strip()[-300:]}")
-        (place / "complete").touch()
-    return place
+def triton_environment(environment_with) -> Path:
+    return environment_with("pytriton", *PACKAGES)
 
 
 @contextmanager

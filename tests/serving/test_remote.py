@@ -175,12 +175,15 @@ def test_another_model_behind_it_makes_it_unready(start, service, bundle_dir, ex
         graph = Remote(bundle, service.url)
         with TestClient(create_app(Predictor(bundle, graph=graph))) as client:
             until(lambda: client.get("/v2/health/ready").status_code == 200)
-            before, graph._idle = graph._idle, type(graph._idle)()
-            graph._ports = (int(other.url.rpartition(":")[2]),)
-            until(lambda: client.get("/v2/health/ready").status_code == 503)
+            until(lambda: readiness(client, graph, other.url) == 503)
             assert "off the stored answer" in client.get("/v2/health/ready").json()["error"]
-            graph._ports, graph._idle = (int(service.url.rpartition(":")[2]),), before
-            until(lambda: client.get("/v2/health/ready").status_code == 200)
+            until(lambda: readiness(client, graph, service.url) == 200)
+
+
+def readiness(client, graph, url: str) -> int:
+    """The status of readiness once `url` is where the predictor is; no connection is left to where it was."""
+    graph._ports, graph._idle = (int(url.rpartition(":")[2]),), type(graph._idle)()
+    return client.get("/v2/health/ready").status_code
 
 
 def test_large_batches_are_cut_and_one_connection_serves_them(bundle_dir, pixels):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from types import FrameType
 from typing import Any, Never
 
@@ -33,7 +33,7 @@ from lesionflow.cluster.watch import Watch
 from lesionflow.errors import ClusterError, Preempted, UsageError
 from lesionflow.keys import digest
 
-__all__ = ["JobState", "follow", "launcher", "probe", "states", "train"]
+__all__ = ["JobState", "ended", "follow", "launcher", "probe", "states", "train"]
 
 Object = dict[str, Any]
 Objects = list[Object]
@@ -68,9 +68,18 @@ def train(api: Api, place: Place, key: str, command: Sequence[str], *, tell: Cal
         raise error
 
 
-def follow(api: Api, place: Place) -> Iterator[str]:
-    """The lines of the run's newest job, from the beginning until it ends. Raises `ClusterError` if there is none."""
+def ended(api: Api, place: Place) -> set[str]:
+    """The uids of the run's jobs that have ended."""
+    return {job["metadata"]["uid"] for job in _jobs(api, place) if phase_of(job) in ENDED}
+
+
+def follow(api: Api, place: Place, *, skip: Container[str] = ()) -> Iterator[str]:
+    """The lines of the run's newest job, from the beginning until it ends; jobs with a uid in `skip` don't count.
+
+    Raises `ClusterError` if there is none.
+    """
     jobs = [job for job in _jobs(api, place) if job["metadata"]["name"] != place.name + PROBE]
+    jobs = [job for job in jobs if job["metadata"]["uid"] not in skip]
     if not jobs:
         raise ClusterError(f"run {place.name} has no training job here; `lesionflow cluster run` makes one")
     watch = Watch(api, place, jobs[-1], patient=True)

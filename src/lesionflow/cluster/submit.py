@@ -14,6 +14,7 @@ import contextlib
 import logging
 import re
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lesionflow.cluster import kfp_api, manifests
+from lesionflow.cluster import jobs, kfp_api, manifests
 from lesionflow.cluster.api import Api
 from lesionflow.cluster.compile import compile_pipeline
 from lesionflow.cluster.settings import Place, Settings
@@ -146,8 +147,36 @@ def data_path(place: Place, source: str) -> str:
 
 
 def follow(api: Api, place: Place, submitted: Submitted, *, tell: Callable[[str], object] = print) -> None:
-    """Tell how the run goes until it has succeeded. Raises the error of the step that failed; the run itself
-    goes on when this is interrupted."""
+    """Tell how the run goes, with the lines of its training job, until it has succeeded.
+
+    Raises the error of the step that failed; the run itself goes on when this is interrupted.
+    """
+    over = threading.Event()
+    earlier = jobs.ended(api, place)
+    threading.Thread(target=_tell_job, args=(api, place, earlier, tell, over), daemon=True).start()
+    try:
+        run = _watch(place, submitted, tell)
+    finally:
+        over.set()
+    if run.state != "SUCCEEDED":
+        raise _cause(api, submitted, run)
+
+
+def _tell_job(api: Api, place: Place, earlier: set[str], tell: Callable[[str], object], over: threading.Event) -> None:
+    """The job's lines once there is one. What goes wrong with it, the step that waits for it says too."""
+    while not over.wait(POLL):
+        try:
+            for line in jobs.follow(api, place, skip=earlier):
+                if over.is_set():
+                    return
+                tell(line)
+            return
+        except LesionflowError:
+            continue
+
+
+def _watch(place: Place, submitted: Submitted, tell: Callable[[str], object]) -> Any:
+    """Tell the steps' states as they change; the run as KFP has it once it has ended."""
     client = _client(kfp_api.endpoint(place.settings))
     seen: dict[str, str] = {}
     away = 0.0
@@ -169,10 +198,8 @@ def follow(api: Api, place: Place, submitted: Submitted, *, tell: Callable[[str]
                 seen[task.display_name] = state
                 tell(f"{task.display_name}: {state.lower()}")
         if run.state in ENDED:
-            break
+            return run
         time.sleep(POLL)
-    if run.state != "SUCCEEDED":
-        raise _cause(api, submitted, run)
 
 
 STEPS = (

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lesionflow import steps
-from lesionflow.errors import UsageError
+from lesionflow import keys, steps
+from lesionflow.errors import DataError, UsageError
 from lesionflow.recipe import Recipe
 from lesionflow.training.launch import Nodes, _cores, _threads, _torchrun
 from lesionflow.training.status import Outcome, collect, report
@@ -21,6 +21,11 @@ from lesionflow.training.status import Outcome, collect, report
 TINY = ["--set", "model.backbone=mobilenetv3_small_050", "--set", "model.weights=none", "--set", "image.size=32",
         "--set", "folds.count=2", "--set", "training.batch_size=16", "--set", "training.validate_every=0",
         "--set", "evaluation.replicates=200"]  # fmt: skip
+
+
+@pytest.fixture
+def run(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "run"))
 
 
 def lesionflow(*arguments: object) -> subprocess.Popen[str]:
@@ -184,3 +189,46 @@ def test_a_node_of_a_job_begins_nothing(
     with pytest.raises(UsageError, match="prepare and split the run on one machine first"):
         steps.begin(tmp_path / "run", tiny_recipe, synthetic)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_node_that_waits_for_the_others_stops_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod that is deleted before its job is complete: 143, and not after torchrun's patience."""
+    for name, value in {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PET_MASTER_PORT", str(free_port()))
+    node = lesionflow("train", "--out", run, "--quiet")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (run / "nodes" / "0.json").exists():
+        time.sleep(0.1)
+    time.sleep(3)
+    asked = time.monotonic()
+    node.terminate()
+    code, errors = ends(node)
+    assert code == 143, errors
+    assert "stopped before training began" in errors
+    assert time.monotonic() - asked < 20
+
+
+def test_what_another_recipe_left_half_trained_is_refused_or_started_anew(run: Path, tiny_recipe: Recipe) -> None:
+    import torch
+
+    from lesionflow.training import resume
+
+    path = run / "fold-0" / "model-0" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({"identity": "another"}, path)
+    with pytest.raises(DataError, match="another data set, split, recipe"):
+        resume.load(path, "ours")
+    assert resume.load(path, "ours", anew=True) is None
+    steps.train(run, keys.planned_keys(run)["train"], folds=[0], anew=True)
+    weights = path.with_name("weights.safetensors")
+    assert weights.exists() and not path.exists()
+    assert weights.stat().st_mode & 0o777 == 0o644, "pods of other users read it"
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -199,7 +199,9 @@ def run_children(
                 running[number] = _start(command, output, status_dir, threads, gpu), slot
             if stopping:
                 waiting.clear()
-                _terminate([child for child, _ in running.values()])
+                # Ranks that still wait for each other have nothing to save, and hear no signal.
+                end = _kill if peers and not has_joined else _terminate
+                end([child for child, _ in running.values()])
             for number, (child, slot) in list(running.items()):
                 if (code := child.poll()) is not None:
                     outcomes[number] = status.collect(Path(scratch) / str(number), code)

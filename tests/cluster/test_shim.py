@@ -128,3 +128,20 @@ def test_curves_follow_the_volume(tmp_path: Path) -> None:
     old.rename(tmp_path / "gone")
     shim._link_events(run / "events", new, "first")
     assert (run / "events").resolve() == new / "first"
+
+
+def test_a_pipeline_that_never_began_is_no_success(run: Path, synthetic: Path) -> None:
+    """Its first pod failed before any code of ours ran: what lies there is the pipeline's before it."""
+    shim.fetch(str(run), str(synthetic), "")
+    keys.write_json(run / shim.RECORD, {**keys.read_json(run / shim.RECORD), "state": "SUCCEEDED"})
+    assert shim.finish(str(run), "", "", clean=False) == "SUCCEEDED"
+    keys.write_json(run / shim.FAILURE, {"step": "gate", "exit_code": 4, "message": "old"})
+    assert shim.finish(str(run), "", "", clean=False) == "FAILED"
+    assert keys.read_json(run / shim.RECORD)["failure"] is None
+
+
+def test_an_error_of_several_lines_is_one_in_the_log(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, shim._step(str(run), "export"):
+        raise RuntimeError("first\nsecond")
+    assert stopped.value.code == 1
+    assert "error: RuntimeError: first second (exit code 1)\n" in capsys.readouterr().out

@@ -40,9 +40,9 @@ def fetch(run: str, data: str, source: str) -> str:
     from lesionflow.data.fetch import fetch as download
     from lesionflow.data.synthetic import synthesize
 
-    (Path(run) / FAILURE).unlink(missing_ok=True)
-    keys.write_json(Path(run) / RECORD, {"state": "RUNNING", "began": _now()})
     with _step(run, "fetch"):
+        (Path(run) / FAILURE).unlink(missing_ok=True)
+        keys.write_json(Path(run) / RECORD, {"state": "RUNNING", "began": _now()})
         if source == "kaggle":
             for held in Path(KAGGLE_SECRET).glob("KAGGLE_*"):
                 os.environ[held.name] = held.read_text().strip()
@@ -89,7 +89,8 @@ def train(run: str, ticket: str, processes: int, name: str, settings: str) -> st
 
     place = _place(name, settings)
     if place is not None:
-        _link_events(Path(run) / "events", Path(place.path("logs")), name)
+        with _step(run, "train"):
+            _link_events(Path(run) / "events", Path(place.path("logs")), name)
     if place is None or place.settings.job.launcher == "local":
         with TrainingBars() as bars:
             return call("train", run, ticket, processes=processes, anew=True, show=bars.show)
@@ -149,28 +150,40 @@ def smoke(run: str, name: str, settings: str) -> str:
             steps.smoke(Path(run))
         else:
             _prove(Path(run), place)
-    keys.write_json(Path(run) / RECORD, {**_record(Path(run)), "state": "SUCCEEDED"})
+        keys.write_json(Path(run) / RECORD, {**_record(Path(run)), "state": "SUCCEEDED"})
     return "smoke"
 
 
 def finish(run: str, name: str, settings: str, clean: bool) -> str:
     """Record how the pipeline ended in the run's pipeline.json; if asked, remove its training job."""
     folder = Path(run)
-    record = _record(folder)
-    failure = keys.read_json(folder / FAILURE) if (folder / FAILURE).exists() else None
-    # The last step says SUCCEEDED; whatever ended before that, a stop in KFP's page too, has not.
-    state = "SUCCEEDED" if record.get("state") == "SUCCEEDED" else "FAILED"
+    record, failure = _record(folder), None
+    # The last step says SUCCEEDED; whatever ended before that, a stop in KFP's page too, has not. A record that
+    # was ended already is an earlier pipeline's: this one failed before its first step wrote anything.
+    fresh = "ended" not in record
+    state = "SUCCEEDED" if fresh and record.get("state") == "SUCCEEDED" else "FAILED"
+    if fresh and state == "FAILED" and (folder / FAILURE).exists():
+        failure = keys.read_json(folder / FAILURE)
     keys.write_json(folder / RECORD, {**record, "state": state, "ended": _now(), "failure": failure})
     _tell(f"the pipeline ended: {state}" + (f"; {failure['step']}: {failure['message']}" if failure else ""))
     if clean and (place := _place(name, settings)) is not None:
-        from lesionflow.cluster.api import Api
-
-        api = Api.connect(place.settings)
-        for kind in ("TrainJob", "PyTorchJob", "TrainingRuntime", "NetworkPolicy"):
-            for found in api.list(kind, selector(place.name)):
-                api.delete(kind, found["metadata"]["name"])
-                _tell(f"removed {kind} {found['metadata']['name']}")
+        _remove_jobs(place)
     return state
+
+
+def _remove_jobs(place: Place) -> None:
+    """Remove the run's training jobs that have ended: one that runs belongs to a newer pipeline."""
+    from lesionflow.cluster import jobs
+    from lesionflow.cluster.api import Api
+
+    api = Api.connect(place.settings)
+    ended = jobs.ended(api, place)
+    for kind in ("TrainJob", "PyTorchJob"):
+        for found in api.list(kind, selector(place.name)):
+            if found["metadata"]["uid"] in ended:
+                api.delete(kind, found["metadata"]["name"])
+                api.delete("TrainingRuntime", found["metadata"]["name"])
+                _tell(f"removed {kind} {found['metadata']['name']}")
 
 
 def flat_figures(metrics: Any, name: str = "") -> dict[str, float]:
@@ -265,7 +278,8 @@ def _step(run: str, step: str) -> Iterator[None]:
         yield
     except Exception as error:
         code = error.exit_code if isinstance(error, LesionflowError) else 1
-        message = str(error) if isinstance(error, LesionflowError) else f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, LesionflowError) else f"{type(error).__name__}: {error}"
+        message = " ".join(text.split())  # One line, for those who look for it in a log.
         with contextlib.suppress(OSError):
             keys.write_json(Path(run) / FAILURE, {"step": step, "exit_code": code, "message": message})
         report(code, message)

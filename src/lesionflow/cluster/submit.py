@@ -101,7 +101,8 @@ def submit(
             )
     if not place.settings.volumes.models_claim:
         note = {"metadata": {"annotations": {PIPELINE_RUN: made.run_id}}}
-        api.patch("PersistentVolumeClaim", place.claim("models"), note)
+        with contextlib.suppress(ClusterError):  # The run is on its way: without the note, `clean` doesn't know it.
+            api.patch("PersistentVolumeClaim", place.claim("models"), note)
     return Submitted(made.run_id, f"{url}/#/runs/details/{made.run_id}")
 
 
@@ -112,12 +113,16 @@ def stop(api: Api, settings: Settings, name: str = "", *, tell: Callable[[str], 
     """
     claims = api.list("PersistentVolumeClaim", manifests.selector(name))
     noted = {c["metadata"].get("annotations", {}).get(PIPELINE_RUN) for c in claims} - {None}
+    if not noted:
+        return
     url = kfp_api.endpoint(settings)
+    if not url or kfp_api.health(url).fault:
+        tell(f"Kubeflow Pipelines can't be asked whether {', '.join(sorted(noted))} still goes")
+        return
+    client = _client(url)
     for run_id in sorted(noted):
         try:
-            if not url:
-                raise ClusterError("Kubeflow Pipelines isn't known from here")
-            if _terminate(api, _client(url), run_id):
+            if _terminate(api, client, run_id):
                 tell(f"terminated the pipeline run {run_id}")
         except Exception as error:  # kfp's client raises its transport's own kinds.
             tell(f"can't say whether the pipeline run {run_id} still goes ({error.__class__.__name__})")
@@ -152,27 +157,30 @@ def follow(api: Api, place: Place, submitted: Submitted, *, tell: Callable[[str]
     Raises the error of the step that failed; the run itself goes on when this is interrupted.
     """
     over = threading.Event()
-    earlier = jobs.ended(api, place)
-    threading.Thread(target=_tell_job, args=(api, place, earlier, tell, over), daemon=True).start()
+    lines = threading.Thread(target=_tell_job, args=(api, place, tell, over), daemon=True)
+    lines.start()
     try:
         run = _watch(place, submitted, tell)
     finally:
         over.set()
+        lines.join(POLL)
     if run.state != "SUCCEEDED":
         raise _cause(api, submitted, run)
 
 
-def _tell_job(api: Api, place: Place, earlier: set[str], tell: Callable[[str], object], over: threading.Event) -> None:
+def _tell_job(api: Api, place: Place, tell: Callable[[str], object], over: threading.Event) -> None:
     """The job's lines once there is one. What goes wrong with it, the step that waits for it says too."""
-    while not over.wait(POLL):
-        try:
+    earlier: set[str] | None = None
+    told = False
+    while not told and not over.wait(POLL):
+        with contextlib.suppress(LesionflowError):
+            if earlier is None:
+                earlier = jobs.ended(api, place)
             for line in jobs.follow(api, place, skip=earlier):
                 if over.is_set():
                     return
+                told = True  # Once: from the beginning again would be worse than to end.
                 tell(line)
-            return
-        except LesionflowError:
-            continue
 
 
 def _watch(place: Place, submitted: Submitted, tell: Callable[[str], object]) -> Any:

@@ -97,6 +97,8 @@ def train(
         command = _torchrun(worker, processes, nodes)
         with _stop_flag() as stop_asked:
             for attempt in range(RENDEZVOUS_ATTEMPTS):
+                if stop_asked():
+                    raise Preempted("stopped before training began; run again to go on")
                 peers = Peers(run, nodes.count, nodes.rank) if nodes.count > 1 else None
                 try:
                     run_children(
@@ -106,8 +108,6 @@ def train(
                     return
                 except NotJoined:
                     # The first node may just have been replaced; nothing was trained yet, so nothing is lost.
-                    if stop_asked():
-                        raise Preempted("stopped before training began; run again to go on") from None
                     if attempt + 1 == RENDEZVOUS_ATTEMPTS:
                         raise
                     time.sleep(2)
@@ -228,8 +228,8 @@ def _start(
     status_dir.mkdir()
     environment = {k: v for k, v in os.environ.items() if k not in _OPERATOR and not k.startswith("PET_")}
     environment |= {status.VARIABLE: str(status_dir), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    # torchrun gives its workers 30 s by itself, less than a validation and a save may take.
-    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(round(GRACE_SECONDS - 5))
+    if Nodes.from_environment(os.environ).operated:
+        environment[status.OPERATED] = "1"
     if gpu is not None:
         # Only some of the machine's GPUs may be ours: the children share what this process sees.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -255,7 +255,11 @@ def _die_with_parent() -> None:
 
 def _terminate(children: Sequence[subprocess.Popen[bytes]]) -> None:
     for child in children:
-        child.terminate()
+        # torchrun itself would give its ranks 30 s; told directly, they take the time that a save needs.
+        ranks = _children(child.pid) if "torch.distributed.run" in str(child.args) else []
+        for pid in ranks or [child.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
     for child in children:
         try:
@@ -277,11 +281,15 @@ def _kill(children: Sequence[subprocess.Popen[bytes]]) -> None:
         child.wait()
 
 
-def _descendants(pid: int) -> list[int]:
+def _children(pid: int) -> list[int]:
     try:
-        children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def _descendants(pid: int) -> list[int]:
+    children = _children(pid)
     return [*children, *(p for c in children for p in _descendants(c))]
 
 

@@ -42,7 +42,7 @@ from lesionflow.recipe import Recipe
 from lesionflow.training import resume
 from lesionflow.training.conduct import Conductor, Stop
 from lesionflow.training.scoring import any_rank, barrier, device, load_network, rank, score, weights_identity
-from lesionflow.training.status import Progress, report
+from lesionflow.training.status import OPERATED, Progress, report
 
 Show = Callable[[Progress], None]
 
@@ -241,8 +241,8 @@ def _locked(folder: Path) -> Iterator[None]:
     if rank() != 0:
         yield
         return
-    several_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
-    deadline = time.monotonic() + (LOCK_PATIENCE if several_nodes else 0)
+    operated = OPERATED in os.environ
+    deadline = time.monotonic() + (LOCK_PATIENCE if operated else 0)
     with (folder / ".lock").open("w") as file:
         while True:
             try:
@@ -251,12 +251,12 @@ def _locked(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() < deadline:
                     time.sleep(1)
-                elif several_nodes:
+                elif operated:
                     raise Preempted(f"{folder}: still locked by a node that is gone; start again to go on") from None
                 else:
                     raise UsageError(f"{folder}: another process is training here; wait for it, or stop it") from None
             except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                     raise
                 logger.warning("%s: this volume has no locks; see that nothing else trains here", folder)
                 break

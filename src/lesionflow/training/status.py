@@ -18,6 +18,8 @@ from typing import Any
 from lesionflow.keys import write_json
 
 VARIABLE = "LESIONFLOW_STATUS"
+OPERATED = "LESIONFLOW_OPERATED"
+"""Set where an operator started the job, and starts it again."""
 JOINED = "joined"
 """File that appears once all ranks have found each other."""
 

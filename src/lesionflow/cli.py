@@ -126,7 +126,8 @@ def train(
             planned = steps.begin(out, load_recipe(recipe, set_), data)
             steps.prepare(out, data, planned["prepare"], progress=not quiet)
             steps.split(out, planned["split"])
-        planned = steps.planned(out)
+        else:
+            planned = steps.planned(out)
         folds = None if fold == "all" else _numbers(fold)
         steps.train(out, planned["train"], folds=folds, processes=processes, jobs=jobs, anew=anew, show=bars.show)
 

@@ -145,3 +145,19 @@ def test_an_error_of_several_lines_is_one_in_the_log(run: Path, capsys: pytest.C
         raise RuntimeError("first\nsecond")
     assert stopped.value.code == 1
     assert "error: RuntimeError: first second (exit code 1)\n" in capsys.readouterr().out
+
+
+def test_only_jobs_that_have_ended_are_cleaned_after_a_pipeline(run: Path, double, api) -> None:
+    """One that runs belongs to a newer pipeline of the same name."""
+    from lesionflow.cluster import manifests
+    from lesionflow.cluster.settings import Settings
+
+    settings = Settings.load(None, ["namespace=team"])
+    for name in ("over", "running"):
+        api.create(manifests.pytorch_job(Place("first", settings), name, ["true"]))
+    api.create(manifests.pytorch_job(Place("other", settings), "others", ["true"]))
+    for name in ("over", "others"):
+        done = {"type": "Succeeded", "status": "True", "reason": "JobSucceeded", "message": "done"}
+        double.store.set_status("PyTorchJob", "team", name, {"conditions": [done], "replicaStatuses": {}})
+    shim.finish(str(run), "first", settings.to_toml(), clean=True)
+    assert {job["metadata"]["name"] for job in double.store.list("PyTorchJob")} == {"running", "others"}

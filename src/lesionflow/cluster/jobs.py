@@ -33,7 +33,7 @@ from lesionflow.cluster.watch import Watch
 from lesionflow.errors import ClusterError, Preempted, UsageError
 from lesionflow.keys import digest
 
-__all__ = ["JobState", "ended", "follow", "launcher", "probe", "states", "train"]
+__all__ = ["JobState", "ended", "follow", "launcher", "probe", "remove_ended", "states", "train"]
 
 Object = dict[str, Any]
 Objects = list[Object]
@@ -66,6 +66,15 @@ def train(api: Api, place: Place, key: str, command: Sequence[str], *, tell: Cal
         if phase_of(watch.job) != "Failed":
             api.delete(watch.kind, watch.name)
         raise error
+
+
+def remove_ended(api: Api, place: Place) -> list[str]:
+    """Remove the run's jobs that have ended, with their runtimes, and return their names. One that runs stays."""
+    over = [job for job in _jobs(api, place) if phase_of(job) in ENDED]
+    for job in over:
+        api.delete(job["kind"], job["metadata"]["name"])
+        api.delete("TrainingRuntime", job["metadata"]["name"])
+    return [f"{job['kind']} {job['metadata']['name']}" for job in over]
 
 
 def ended(api: Api, place: Place) -> set[str]:

@@ -222,6 +222,12 @@ def _may_get(api: Api, kind: str, name: str) -> Object | None:
         return None
 
 
+def error_line(text: str) -> str:
+    """What a program's log says ended it: its last "error: ..." line, without that word; empty if there is none."""
+    lines = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
+    return lines[-1] if lines else ""
+
+
 def create_job(api: Api, job: Object) -> Object:
     """Create a job. Trainer's webhook may not know the runtime yet that was made a moment before: then again."""
     deadline = time.monotonic() + RUNTIME_PATIENCE

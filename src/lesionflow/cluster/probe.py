@@ -23,6 +23,7 @@ from lesionflow.cluster.jobstate import (
     condemned,
     create_job,
     ended_of,
+    error_line,
     has_begun,
     launcher,
     missing_owners,
@@ -232,8 +233,8 @@ def _await(api: Api, kind: str, name: str, timeout: float) -> list[Object]:
             why = explain(api, pods, missing_owners(api, job, pods))
             if not why and failed:
                 text = _log(api, failed[0])
-                said = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
-                why = f"node-{node_of(failed[0])}: {(said or text.splitlines() or ['it left no word'])[-1]}"
+                said = error_line(text) or (text.splitlines() or ["it left no word"])[-1]
+                why = f"node-{node_of(failed[0])}: {said}"
             why = why or verdict(job).get("message", "") or f"not done after {timeout:.0f} s ({len(pods)} of 2 pods)"
             raise ClusterError(f"the probe job failed: {why}")
         time.sleep(0.5)

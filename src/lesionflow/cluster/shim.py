@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lesionflow import keys, steps
-from lesionflow.cluster.manifests import KAGGLE_SECRET, selector
+from lesionflow.cluster.manifests import KAGGLE_SECRET
 from lesionflow.cluster.settings import Place, Settings
 from lesionflow.errors import DataError, LesionflowError, UsageError
 from lesionflow.recipe import Recipe
@@ -37,18 +37,19 @@ keys.share_files()  # Before anything is written to a volume.
 
 def fetch(run: str, data: str, source: str) -> str:
     """See that the data set is there: from Kaggle, synthetic, or (with no source) what lies there already."""
-    from lesionflow.data.fetch import fetch as download
-    from lesionflow.data.synthetic import synthesize
-
     with _step(run, "fetch"):
         (Path(run) / FAILURE).unlink(missing_ok=True)
         keys.write_json(Path(run) / RECORD, {"state": "RUNNING", "began": _now()})
         if source == "kaggle":
+            from lesionflow.data.fetch import fetch as download
+
             for held in Path(KAGGLE_SECRET).glob("KAGGLE_*"):
                 os.environ[held.name] = held.read_text().strip()
             download(Path(data))
         elif source == "synthetic":
             if not (Path(data) / "truth.json").exists():
+                from lesionflow.data.synthetic import synthesize
+
                 synthesize(Path(data), patients=60, lesions=2000, seed=1)
         elif source:
             raise UsageError(f"source {source!r}: not kaggle, synthetic or empty (for data that is there)")
@@ -167,23 +168,13 @@ def finish(run: str, name: str, settings: str, clean: bool) -> str:
     keys.write_json(folder / RECORD, {**record, "state": state, "ended": _now(), "failure": failure})
     _tell(f"the pipeline ended: {state}" + (f"; {failure['step']}: {failure['message']}" if failure else ""))
     if clean and (place := _place(name, settings)) is not None:
-        _remove_jobs(place)
+        from lesionflow.cluster import jobs
+        from lesionflow.cluster.api import Api
+
+        # One that runs belongs to a newer pipeline of this name.
+        for removed in jobs.remove_ended(Api.connect(place.settings), place):
+            _tell(f"removed {removed}")
     return state
-
-
-def _remove_jobs(place: Place) -> None:
-    """Remove the run's training jobs that have ended: one that runs belongs to a newer pipeline."""
-    from lesionflow.cluster import jobs
-    from lesionflow.cluster.api import Api
-
-    api = Api.connect(place.settings)
-    ended = jobs.ended(api, place)
-    for kind in ("TrainJob", "PyTorchJob"):
-        for found in api.list(kind, selector(place.name)):
-            if found["metadata"]["uid"] in ended:
-                api.delete(kind, found["metadata"]["name"])
-                api.delete("TrainingRuntime", found["metadata"]["name"])
-                _tell(f"removed {kind} {found['metadata']['name']}")
 
 
 def flat_figures(metrics: Any, name: str = "") -> dict[str, float]:

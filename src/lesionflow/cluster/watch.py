@@ -16,6 +16,7 @@ from lesionflow.cluster.jobstate import (
     ENDED,
     condemned,
     ended_of,
+    error_line,
     has_begun,
     missing_owners,
     node_of,
@@ -191,7 +192,7 @@ class Watch:
             pod = re.escape(self._known[uid]["metadata"]["name"])
             codes = [m[1] for text in told if (m := re.search(rf"\.{pod} exited with code (\d+)", text))]
             ended = {"exitCode": codes[-1]} if codes else {}
-        said = _error_line(ended.get("message", "")) or (self._logs[uid].error if uid in self._logs else "")
+        said = error_line(ended.get("message", "")) or (self._logs[uid].error if uid in self._logs else "")
         return ": ".join(filter(None, [f"exit code {ended['exitCode']}" if ended else "its pod is gone", said]))
 
     def failure(self) -> LesionflowError:
@@ -228,13 +229,8 @@ class Watch:
     def _last_words(self, pod: Object) -> str:
         """The program's own "error: ..." line, else the end of its log."""
         uid, message = pod["metadata"]["uid"], ended_of(pod).get("message", "")
-        if line := _error_line(message) or (self._logs[uid].error if uid in self._logs else ""):
+        if line := error_line(message) or (self._logs[uid].error if uid in self._logs else ""):
             return line
         text = message or self.api.tail(pod["metadata"]["name"], 20, container=trainer_of(pod)["name"])
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return _error_line(text) or " | ".join(lines[-3:]) or "it left no word"
-
-
-def _error_line(text: str) -> str:
-    lines = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
-    return lines[-1] if lines else ""
+        return error_line(text) or " | ".join(lines[-3:]) or "it left no word"

@@ -738,7 +738,7 @@ def test_two_nodes_of_two_processes_reduce_together(make: Make, netns: bool, tmp
         "d.init_process_group('gloo')\n"
         "x = torch.tensor([float(d.get_rank() + 1)])\n"
         "d.all_reduce(x)\n"
-        "print('sum', x.item(), 'of', d.get_world_size(), flush=True)\n"
+        "print(f'sum {x.item()} of {d.get_world_size()}\\n', end='', flush=True)\n"
         "d.destroy_process_group()\n"
     )
     where = place(job={"processes": 2})

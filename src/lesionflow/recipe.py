@@ -27,8 +27,13 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 class Folds:
     """How lesions are split; a patient is never on both sides."""
 
+    kind: str = bound("patient", choices=("patient", "institution"))
+    """`patient` deals patients to `count` folds; `institution` holds out one institution (`attribution`) at a time."""
     count: int = bound(5, 2, 20)
-    """Number of cross-validation folds."""
+    """Number of cross-validation folds (by patient only)."""
+    holdout: float = bound(0.2, 0, 0.5)
+    """Share of patients set aside from every fold, so that what is served, the mean of all folds' models, can be
+    calibrated, its thresholds chosen and its bands vouched for; 0: none, and then there are no bands."""
     seed: int = bound(0, 0)
     """Seed of the split; separate from the training seed, so that seeds compare on the same folds."""
 
@@ -142,7 +147,12 @@ class Evaluation:
     """Patient-clustered bootstrap replicates."""
     seed: int = bound(0, 0)
     sensitivity: float = bound(0.9, 0.5, 0.999)
-    """Sensitivity that the `refer` threshold is chosen for."""
+    """Sensitivity that the band `refer` is chosen for: its one-sided 95 % lower bound reaches this."""
+    low_sensitivity: float = bound(0.95, 0.5, 0.999)
+    """The same for `refer` and `routine` together; what is below them is `low`."""
+    prevalence: float = bound(0.00098, 0, 0.5)
+    """Share of malignant lesions where the model will be used, that probabilities are stated for; 0: as in the data.
+    By default that of the whole SLICE-3D collection, 393 of 401,059."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from lesionflow.evaluation.resample import Patients
 from lesionflow.evaluation.thresholds import Threshold, choose_threshold, sensitivity_lower_bound
 
 __all__ = [
+    "Figure",
     "Interval",
     "Threshold",
     "bootstrap_areas",
@@ -63,6 +64,23 @@ class Interval:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its interval: the shape that every figure has in metrics.json."""
+
+    value: float | None
+    """None where it can't be computed; `interval.reason` then says why."""
+    interval: Interval
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def missing(cls, reason: str, *, level: float = 0.95, clusters: int = 0, malignant: int = 0) -> Figure:
+        """No figure, and why."""
+        return cls(None, Interval(None, None, level, METHOD, 0, 0, clusters, malignant, reason))
 
 
 @dataclass(frozen=True)

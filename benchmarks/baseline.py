@@ -20,8 +20,9 @@ import numpy as np
 import polars as pl
 
 from lesionflow import steps
-from lesionflow.evaluation.intervals import bootstrap_pauc, paired_difference
+from lesionflow.evaluation.intervals import bootstrap_pauc
 from lesionflow.evaluation.metrics import fold_rank, pauc
+from lesionflow.evaluation.paired import paired_difference
 from lesionflow.progress import with_interval
 from lesionflow.recipe import Recipe
 

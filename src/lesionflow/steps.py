@@ -497,8 +497,8 @@ def _paired(run: Path, incumbent: Path) -> dict[str, Any]:
     """The paired difference to the run that the incumbent bundle came from, on the lesions both scored."""
     import polars as pl
 
-    from lesionflow.evaluation.intervals import paired_difference
     from lesionflow.evaluation.metrics import fold_rank
+    from lesionflow.evaluation.paired import paired_difference
 
     other = incumbent.parent / "oof.parquet"
     if not other.exists():

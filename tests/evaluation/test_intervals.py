@@ -174,25 +174,6 @@ def test_the_mean_of_folds_has_an_interval_narrower_than_one_fold():
     assert (mean.clusters, mean.malignant) == (100, 150)
 
 
-def test_paired_differences_use_the_same_replicates():
-    y, s, g = cohort(12, malignant=100)
-    rng = np.random.default_rng(0)
-    worse = s + rng.normal(size=len(s)) * 1.5
-    same = intervals.paired_difference(y, s, s, g, replicates=300)
-    assert (same["difference"], same["low"], same["high"], same["p_better"]) == (0, 0, 0, 0.5)
-    pair = intervals.paired_difference(y, s, worse, g, replicates=300)
-    assert pair["difference"] == pytest.approx(metrics.pauc(y, s) - metrics.pauc(y, worse))
-    assert 0 < pair["low"] < pair["difference"] < pair["high"]
-    assert pair["p_better"] > 0.97
-    turned = intervals.paired_difference(y, worse, s, g, replicates=300)
-    assert turned["low"] == pytest.approx(-pair["high"])
-    nearly = intervals.paired_difference(y, s, s + 1e-3 * rng.normal(size=len(s)), g, replicates=300)
-    assert nearly["high"] - nearly["low"] < 0.002
-    few = intervals.paired_difference(*cohort(13, malignant=10)[:2], cohort(13, malignant=10)[1], np.arange(1510))
-    assert few["p_better"] is None
-    assert "under 20" in few["reason"]
-
-
 def test_the_sensitivity_bound_is_clopper_and_pearson_s_without_clusters():
     y, s = np.r_[np.ones(60, int), np.zeros(10, int)], np.r_[np.arange(60), np.zeros(10)]
     ours = intervals.sensitivity_lower_bound(y, s, np.arange(70), 6)

@@ -22,7 +22,7 @@ def check(
 ) -> dict[str, Any]:
     """{"passed", "reasons", "checks": [{"name", "value", "bound", "passed", "text"}]}.
 
-    `metrics` is the content of metrics.json, `paired` that of `intervals.paired_difference(y, ours, incumbent)`,
+    `metrics` is the content of metrics.json, `paired` that of `paired.paired_difference(y, ours, incumbent)`,
     `parity` the largest logit difference between torch and the exported graph; None leaves a check out.
     """
     checks = [_floor(metrics, gate.pauc_floor)]

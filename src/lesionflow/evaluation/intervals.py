@@ -31,7 +31,6 @@ __all__ = [
     "bootstrap_mean_of_folds",
     "bootstrap_pauc",
     "choose_threshold",
-    "paired_difference",
     "sensitivity_lower_bound",
 ]
 
@@ -40,7 +39,6 @@ FEWEST_MALIGNANT = 20
 FEWEST_PER_FOLD = 5
 METHOD = "patient-clustered bootstrap-t, logit scale"
 METHOD_SEPARATED = "exact bound at complete separation"
-METHOD_PAIRED = "patient-clustered paired bootstrap, percentile"
 
 
 @dataclass(frozen=True)
@@ -157,39 +155,6 @@ def bootstrap_mean_of_folds(
         np.sqrt(np.sum([one.errors**2 for one in per_fold], axis=0)) / count,
     )
     return _interval(mean, 1 - min_tpr, parts, replicates, level)
-
-
-def paired_difference(
-    y: ArrayLike,
-    s_a: ArrayLike,
-    s_b: ArrayLike,
-    groups: Groups,
-    *,
-    replicates: int = 2000,
-    seed: int = 0,
-    min_tpr: float = MIN_TPR,
-    level: float = 0.95,
-) -> dict[str, Any]:
-    """pAUC of `s_a` minus that of `s_b`, two scores of the same lesions, on the same replicates.
-
-    `p_better` is the share of replicates in which a is ahead (draws count half); it and the percentile
-    interval are None, with the reason, under 20 malignant lesions.
-    """
-    patients = Patients(y, [s_a, s_b], groups)
-    a, b = (float(t.value(patients.everyone(), min_tpr)[0]) for t in patients.tables)
-    result = {"difference": a - b, "a": a, "b": b, "min_tpr": min_tpr, "p_better": None}
-    if reason := _too_few(patients.malignant):
-        return result | _refused(patients, level, reason).to_dict()
-    drawn = [[t.value(w, min_tpr) for t in patients.tables] for w in patients.draws(replicates, seed)]
-    gap = np.concatenate([first - second for first, second in drawn])
-    gap = gap[np.isfinite(gap)]
-    low, high = np.quantile(gap, [(1 - level) / 2, (1 + level) / 2])
-    ahead = float(np.mean(gap > 0) + np.mean(gap == 0) / 2)
-    interval = Interval(
-        float(low), float(high), level, METHOD_PAIRED,
-        replicates, replicates - len(gap), patients.groups, patients.malignant,
-    )  # fmt: skip
-    return result | interval.to_dict() | {"p_better": ahead}
 
 
 def sample(patients: Patients, min_tprs: Sequence[float], replicates: int, seed: int) -> list[Sampled]:

@@ -76,8 +76,8 @@ def test_each_lesion_weighs_the_same_whether_the_table_is_dense_or_sparse(monkey
     sparse = resample.Patients(y, [s], g)
     assert sparse.tables[0].width != dense.tables[0].width
     (weights,) = dense.draws(10, 0)
-    ((value, error),) = dense.tables[0].estimate(weights, [0.8])
-    ((same_value, same_error),) = sparse.tables[0].estimate(weights, [0.8])
+    ((value, error),) = dense.tables[0].estimate(weights, [resample.partial_area(0.8)])
+    ((same_value, same_error),) = sparse.tables[0].estimate(weights, [resample.partial_area(0.8)])
     np.testing.assert_allclose(value, same_value, rtol=1e-12)
     np.testing.assert_allclose(error, same_error, rtol=1e-5)
     np.testing.assert_array_equal(dense.tables[0].value(weights, 0.8), sparse.tables[0].value(weights, 0.8))

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lesionflow.evaluation.metrics import MIN_TPR, Floats, Groups
-from lesionflow.evaluation.resample import Patients
+from lesionflow.evaluation.resample import Measure, Patients, partial_area
 from lesionflow.evaluation.thresholds import Threshold, choose_threshold, sensitivity_lower_bound
 
 __all__ = [
@@ -39,6 +39,8 @@ FEWEST_MALIGNANT = 20
 FEWEST_PER_FOLD = 5
 METHOD = "patient-clustered bootstrap-t, logit scale"
 METHOD_SEPARATED = "exact bound at complete separation"
+NOT_ASKED = "not asked for"
+"""Why there is no interval where `replicates` is 0."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,7 @@ def bootstrap_areas(
 ) -> list[Interval]:
     """The intervals for several `min_tpr` from the same replicates."""
     patients = Patients(y, [s], groups)
-    if patients.malignant < FEWEST_MALIGNANT:
-        return [_refused(patients, level, _too_few(patients.malignant)) for _ in min_tprs]
-    sampled = sample(patients, min_tprs, replicates, seed)
-    return [_interval(one, 1 - t, [patients], replicates, level) for one, t in zip(sampled, min_tprs, strict=True)]
+    return [one.interval for one in figures(patients, [partial_area(m) for m in min_tprs], replicates, seed, level)]
 
 
 def bootstrap_mean_of_folds(
@@ -141,54 +140,92 @@ def bootstrap_mean_of_folds(
     level: float = 0.95,
 ) -> Interval:
     """Interval of the mean over folds of the pAUC; patients are drawn within their fold, as folds are fixed."""
+    parts = parts_of(y, s, groups, folds)
+    return mean_figures(parts, [partial_area(min_tpr)], replicates, seed, level)[0].interval
+
+
+def parts_of(y: ArrayLike, s: ArrayLike, groups: Groups, folds: ArrayLike) -> list[Patients]:
+    """The groups of each fold, in the order of the folds."""
     truth, scores, fold, owner = np.asarray(y), np.asarray(s), np.asarray(folds), np.asarray(groups)
-    parts = [Patients(truth[fold == f], [scores[fold == f]], owner[fold == f]) for f in np.unique(fold)]
-    for few in (_too_few(sum(p.malignant for p in parts)), _too_few(min(p.malignant for p in parts), FEWEST_PER_FOLD)):
-        if few:
-            return _refused(parts[0], level, few, parts)
-    per_fold = [sample(p, (min_tpr,), replicates, seed + i)[0] for i, p in enumerate(parts)]
+    return [Patients(truth[fold == f], [scores[fold == f]], owner[fold == f]) for f in np.unique(fold)]
+
+
+def figures(patients: Patients, measures: Sequence[Measure], replicates: int, seed: int, level: float) -> list[Figure]:
+    """Each measure of the first score vector, with its interval, all from the same replicates."""
+    points = patients.tables[0].estimate(patients.everyone(), measures)
+    values = [float(value[0]) for value, _ in points]
+    if reason := _not_asked(replicates) or _too_few(patients.malignant):
+        return [Figure(value, _refused([patients], level, reason)) for value in values]
+    sampled = sample(patients, measures, replicates, seed)
+    return [_figure(one, m, [patients], replicates, level) for one, m in zip(sampled, measures, strict=True)]
+
+
+def mean_figures(
+    parts: Sequence[Patients], measures: Sequence[Measure], replicates: int, seed: int, level: float
+) -> list[Figure]:
+    """Each measure's mean over the parts; groups are drawn within their part."""
     count = len(parts)
-    mean = Sampled(
-        sum(one.value for one in per_fold) / count,
-        sum(one.error**2 for one in per_fold) ** 0.5 / count,
-        np.mean([one.values for one in per_fold], axis=0),
-        np.sqrt(np.sum([one.errors**2 for one in per_fold], axis=0)) / count,
-    )
-    return _interval(mean, 1 - min_tpr, parts, replicates, level)
-
-
-def sample(patients: Patients, min_tprs: Sequence[float], replicates: int, seed: int) -> list[Sampled]:
-    """The figure of the first score vector at each `min_tpr`, with its bootstrap distribution."""
-    table = patients.tables[0]
-    drawn = [table.estimate(w, min_tprs) for w in patients.draws(replicates, seed)]
+    reason = _not_asked(replicates) or _too_few(sum(p.malignant for p in parts))
+    if reason := reason or _too_few(min(p.malignant for p in parts), FEWEST_PER_FOLD):
+        points = [p.tables[0].estimate(p.everyone(), measures) for p in parts]
+        values = [sum(float(one[i][0][0]) for one in points) / count for i in range(len(measures))]
+        return [Figure(value, _refused(parts, level, reason)) for value in values]
+    per_part = [sample(p, measures, replicates, seed + i) for i, p in enumerate(parts)]
     result = []
-    for i, (value, error) in enumerate(table.estimate(patients.everyone(), min_tprs)):
+    for measure, each in zip(measures, zip(*per_part, strict=True), strict=True):
+        mean = Sampled(
+            sum(one.value for one in each) / count,
+            sum(one.error**2 for one in each) ** 0.5 / count,
+            np.mean([one.values for one in each], axis=0),
+            np.sqrt(np.sum([one.errors**2 for one in each], axis=0)) / count,
+        )
+        result.append(_figure(mean, measure, parts, replicates, level))
+    return result
+
+
+def sample(patients: Patients, measures: Sequence[Measure], replicates: int, seed: int) -> list[Sampled]:
+    """The measures of the first score vector, with their bootstrap distributions."""
+    table = patients.tables[0]
+    drawn = [table.estimate(w, measures) for w in patients.draws(replicates, seed)]
+    result = []
+    for i, (value, error) in enumerate(table.estimate(patients.everyone(), measures)):
         values, errors = (np.concatenate([chunk[i][j] for chunk in drawn]) for j in (0, 1))
         result.append(Sampled(float(value[0]), float(error[0]), values, errors))
     return result
 
 
-def _interval(one: Sampled, maximum: float, parts: Sequence[Patients], replicates: int, level: float) -> Interval:
+def _figure(one: Sampled, measure: Measure, parts: Sequence[Patients], replicates: int, level: float) -> Figure:
+    return Figure(one.value, _interval(one, measure, parts, replicates, level))
+
+
+def _interval(one: Sampled, measure: Measure, parts: Sequence[Patients], replicates: int, level: float) -> Interval:
+    maximum = measure.maximum
     if one.value >= maximum * (1 - 1e-12):
-        low = _separated(parts, maximum, (1 + level) / 2)
+        low = _separated(parts, measure, (1 + level) / 2)
         return _made(low, maximum, METHOD_SEPARATED, parts, level, 0, 0)
     if one.value <= 0 or one.error <= 0:
-        return _refused(parts[0], level, "the figure does not vary: are the scores reversed or constant?", parts)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = np.log(one.values / (maximum - one.values))
-        errors = one.errors * maximum / (one.values * (maximum - one.values))
-        centre = np.log(one.value / (maximum - one.value))
-        t = (scaled - centre) / errors
-    t = t[np.isfinite(t)]
+        return _refused(parts, level, "the figure does not vary: are the scores reversed or constant?")
+    t = student(one, maximum)
     if len(t) < replicates / 4:
-        return _refused(parts[0], level, "most replicates separate the classes completely", parts)
+        return _refused(parts, level, "most replicates separate the classes completely")
+    centre = np.log(one.value / (maximum - one.value))
     error = one.error * maximum / (one.value * (maximum - one.value))
     high_t, low_t = np.quantile(t, [(1 + level) / 2, (1 - level) / 2])
     low, high = (maximum / (1 + np.exp(error * q - centre)) for q in (high_t, low_t))
     return _made(min(low, one.value), max(high, one.value), METHOD, parts, level, replicates, replicates - len(t))
 
 
-def _separated(parts: Sequence[Patients], maximum: float, confidence: float) -> float:
+def student(one: Sampled, maximum: float) -> Floats:
+    """Each replicate's distance from the figure in its own standard errors, on the logit scale: float64 [<= R]."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scaled = np.log(one.values / (maximum - one.values))
+        errors = one.errors * maximum / (one.values * (maximum - one.values))
+        t = (scaled - np.log(one.value / (maximum - one.value))) / errors
+    finite: Floats = t[np.isfinite(t)]
+    return finite
+
+
+def _separated(parts: Sequence[Patients], measure: Measure, confidence: float) -> float:
     """Lower bound where every malignant lesion outranks every benign one, so that no replicate varies.
 
     With n independent patients none of whom fails, at most 1 - (1 - confidence)^(1/n) would. Those malignant
@@ -196,7 +233,11 @@ def _separated(parts: Sequence[Patients], maximum: float, confidence: float) -> 
     """
     missed: float = 1 - (1 - confidence) ** (1 / sum(p.malignant_groups for p in parts))
     raised: float = 1 - (1 - confidence) ** (1 / sum(p.benign_groups for p in parts))
-    return max(0.0, maximum - missed) * (1 - raised)
+    return float(np.mean([measure.bound(missed, raised, p.prevalence) for p in parts]))
+
+
+def _not_asked(replicates: int) -> str | None:
+    return None if replicates else NOT_ASKED
 
 
 def _too_few(malignant: int, fewest: int = FEWEST_MALIGNANT) -> str | None:
@@ -213,7 +254,6 @@ def _made(
     return Interval(float(low), float(high), level, method, drawn, dropped, clusters, malignant)
 
 
-def _refused(patients: Patients, level: float, reason: str | None, parts: Sequence[Patients] = ()) -> Interval:
-    every = parts or (patients,)
-    clusters, malignant = sum(p.groups for p in every), sum(p.malignant for p in every)
+def _refused(parts: Sequence[Patients], level: float, reason: str) -> Interval:
+    clusters, malignant = sum(p.groups for p in parts), sum(p.malignant for p in parts)
     return Interval(None, None, level, METHOD, 0, 0, clusters, malignant, reason)

@@ -11,7 +11,8 @@ is its own group. Several score vectors of the same lesions share the atoms, hen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -70,13 +71,35 @@ class Table:
         """pAUC [r] of each weighting of the atoms [r, A]."""
         return area(*self.times(weights), min_tpr)
 
-    def estimate(self, weights: Floats, min_tprs: Sequence[float]) -> list[tuple[Floats, Floats]]:
-        """For each `min_tpr`: `value` [r], and its standard error [r] if the groups were a sample."""
+    def estimate(self, weights: Floats, measures: Sequence[Measure]) -> list[tuple[Floats, Floats]]:
+        """For each measure: its value [r], and its standard error [r] if the groups were a sample."""
         cells, result = self.times(weights), []
-        for min_tpr in min_tprs:
-            value, per_lesion = influence(*cells, min_tpr)
-            result.append((value, np.sqrt((weights * self.spread(per_lesion) ** 2).sum(axis=1))))
+        for measure in measures:
+            value, per_lesion = measure.influence(*cells)
+            result.append((value, np.sqrt(np.einsum("ra,ra->r", weights, self.spread(per_lesion) ** 2))))
         return result
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure that depends on the order of scores alone."""
+
+    maximum: float
+    """Its largest value; the least is 0."""
+    influence: Callable[[Floats, Floats], tuple[Floats, Floats]]
+    """Benign [R, 2K+1] and malignant [R, K] weights -> value [R] and what one more lesion per column changes."""
+    bound: Callable[[float, float, float], float]
+    """The least value if these shares of the malignant and of the benign lesions were misplaced; prevalence."""
+
+
+def partial_area(min_tpr: float) -> Measure:
+    """The pAUC above `min_tpr`, or with 0 the AUC."""
+    maximum = 1 - min_tpr
+    return Measure(
+        maximum,
+        lambda benign, malignant: influence(benign, malignant, min_tpr),
+        lambda missed, raised, _: max(0.0, maximum - missed) * (1 - raised),
+    )
 
 
 def influence(benign: Floats, malignant: Floats, min_tpr: float) -> tuple[Floats, Floats]:
@@ -103,6 +126,36 @@ def influence(benign: Floats, malignant: Floats, min_tpr: float) -> tuple[Floats
     return value, np.concatenate([benign_part[:, ::-1], malignant_part[:, ::-1]], axis=1)
 
 
+def precision_influence(benign: Floats, malignant: Floats) -> tuple[Floats, Floats]:
+    """The average precision [R], and how much one more lesion in each column would move it [R, 3K+1].
+
+    A benign lesion lowers the precision at every malignant score that it isn't under; a malignant one raises it
+    there, and brings the precision at its own score into the mean.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        total = malignant.sum(axis=1)[:, None]
+        found = np.cumsum(malignant[:, ::-1], axis=1)[:, ::-1]
+        passed = np.cumsum(benign[:, :0:-1], axis=1)[:, 1::2][:, ::-1]
+        flagged = found + passed
+        share = np.divide(malignant / total, flagged, out=np.zeros_like(flagged), where=flagged > 0)
+        precision = np.divide(found, flagged, out=np.zeros_like(flagged), where=flagged > 0)
+        value: Floats = (malignant / total * precision).sum(axis=1)
+        lost = np.cumsum(share * precision, axis=1)
+        gained = np.cumsum(share * (1 - precision), axis=1)
+    benign_part = np.zeros(benign.shape)
+    benign_part[:, 1::2] = benign_part[:, 2::2] = -lost
+    value[(total[:, 0] <= 0) | (benign.sum(axis=1) <= 0)] = np.nan
+    return value, np.concatenate([benign_part, gained + (precision - value[:, None]) / total], axis=1)
+
+
+AVERAGE_PRECISION = Measure(
+    1.0,
+    precision_influence,
+    # The misplaced malignant lesions come last, the misplaced benign ones before all others.
+    lambda missed, raised, prevalence: (1 - missed) * prevalence / (prevalence + raised * (1 - prevalence)),
+)
+
+
 class Patients:
     """The groups that are drawn, merged into atoms, with one `Table` per score vector."""
 
@@ -118,6 +171,7 @@ class Patients:
         owner = codes(groups, len(truth))
         self.groups = int(owner.max()) + 1
         self.malignant = int(truth.sum())
+        self.prevalence = float(truth.mean())
         self.malignant_groups = len(np.unique(owner[truth]))
         self.benign_groups = len(np.unique(owner[~truth]))
         atom, rows, self.multiplicity = _atoms(owner, columns)

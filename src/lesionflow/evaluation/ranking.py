@@ -1,0 +1,70 @@
+"""The four figures of a ranking with their intervals, from one pass over the replicates.
+
+    ranking(y, s, groups)                        of scores that can be compared as they are
+    ranking(y, s, groups, folds=fold)            ranked within each fold first: several models' scores
+    mean_of_folds(y, s, groups, folds)           each fold on its own, then averaged
+
+Keys, and what a figure lies between: `pauc` 0..0.2 and `pauc_88` 0..0.12 (above 80 and 88 % sensitivity), `auc`
+and `average_precision` 0..1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lesionflow.evaluation.intervals import Figure, figures, mean_figures, parts_of
+from lesionflow.evaluation.metrics import Groups, checked, codes, fold_rank
+from lesionflow.evaluation.resample import AVERAGE_PRECISION, Patients, partial_area
+
+MEASURES = {
+    "pauc": partial_area(0.80),
+    "pauc_88": partial_area(0.88),
+    "auc": partial_area(0.0),
+    "average_precision": AVERAGE_PRECISION,
+}
+
+
+def ranking(
+    y: ArrayLike,
+    s: ArrayLike,
+    groups: Groups,
+    *,
+    folds: ArrayLike | None = None,
+    replicates: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Figure]:
+    """`MEASURES` of scores s [n] for targets y [n] (0/1), groups [n] being drawn with replacement.
+
+    With `folds` [n] the scores are first ranked within their fold (`metrics.fold_rank`): models of different folds
+    differ in scale. `replicates=0` leaves the intervals out. Raises `DataError` as `metrics.pauc` does.
+    """
+    scores = s if folds is None else fold_rank(s, folds)
+    found = figures(Patients(y, [scores], groups), list(MEASURES.values()), replicates, seed, level)
+    return dict(zip(MEASURES, found, strict=True))
+
+
+def mean_of_folds(
+    y: ArrayLike,
+    s: ArrayLike,
+    groups: Groups,
+    folds: ArrayLike,
+    *,
+    replicates: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Figure]:
+    """`MEASURES` of each fold, averaged. Groups are drawn within their fold, as the folds are fixed.
+
+    A fold of one class has no value, so there is no mean: value None, with the reason.
+    """
+    truth, scores = checked(y, s)
+    fold, owner = np.asarray(folds), codes(groups, len(truth))
+    single = sum(truth[fold == f].all() or not truth[fold == f].any() for f in np.unique(fold))
+    if single:
+        reason = f"{single} of {len(np.unique(fold))} folds have one class only"
+        clusters, malignant = int(owner.max()) + 1, int(truth.sum())
+        return dict.fromkeys(MEASURES, Figure.missing(reason, level=level, clusters=clusters, malignant=malignant))
+    parts = parts_of(truth, scores, owner, fold)
+    return dict(zip(MEASURES, mean_figures(parts, list(MEASURES.values()), replicates, seed, level), strict=True))

@@ -187,6 +187,10 @@ def test_a_truncated_graph_is_refused(bundle_copy, cut):
         ("calibration", None),
         ("thresholds", {"refer": {"probability": 0.5}}),
         ("thresholds", None),
+        ("thresholds", {"urgent": {"logit": 0.5}}),
+        ("thresholds", {"low": {"logit": 0.5}}),
+        ("thresholds", {"refer": {"logit": 0.5}, "low": {"logit": 0.6}}),
+        ("inputs", ["brightness"]),
         ("tta", "many"),
         ("notice", ""),
     ],
@@ -203,9 +207,10 @@ def test_nan_in_bundle_json_is_refused(bundle_copy):
         Bundle.open(bundle_copy)
 
 
-def test_the_highest_threshold_reached_names_the_band():
-    thresholds = {"refer": {"logit": -1.0}, "urgent": {"logit": 2.0}}
-    assert [band(z, thresholds) for z in (-1.1, -1.0, 1.9, 2.0)] == ["routine", "refer", "refer", "urgent"]
+def test_thresholds_name_the_band():
+    thresholds = {"refer": {"logit": 2.0}, "low": {"logit": -1.0}}
+    assert [band(z, thresholds) for z in (-1.1, -1.0, 1.9, 2.0)] == ["low", "routine", "routine", "refer"]
+    assert [band(z, {"refer": {"logit": 2.0}}) for z in (-9.0, 2.0)] == ["routine", "refer"]
     assert band(5.0, {}) is None
 
 

@@ -148,9 +148,11 @@ def check_info(info: Any, where: str) -> dict[str, Any]:
     Fields: `format` 1; `name`; `created` (UTC, ISO 8601); `lesionflow` (version); `preprocess`
     (`PreprocessSpec`); `graph` (`inputs`, `outputs`: name, datatype, shape with -1 for the batch;
     `opset`); `models` K; `tta`; `calibration` (`kind`, `a`, `b`: probability = 1 / (1 + exp(-(a x
-    logit + b))), `a` positive so that the order of lesions stays); `thresholds` (band name ->
-    `logit`, the least served logit of the band, and how it was chosen); `metrics` (with intervals);
-    `recipe`; `data_hash`; `fold_hash`; `data_licence`; `synthetic`; `parity`; `notice`.
+    logit + b))), `a` positive so that the order of lesions stays, and what prevalence it is for);
+    `thresholds` (`refer` and `low`, each with a `logit` and how it was chosen, as `band` reads them;
+    empty where no band could be vouched for); `inputs` (what pictures the model knows, as
+    `serving.inputs` reads it; may be missing); `metrics` (with intervals); `recipe`; `data_hash`;
+    `fold_hash`; `data_licence`; `synthetic`; `parity`; `notice`.
     """
     if not isinstance(info, dict):
         raise DataError(f"{where}: not a JSON object: export the bundle again")
@@ -175,18 +177,32 @@ def check_info(info: Any, where: str) -> dict[str, Any]:
     thresholds = info.get("thresholds")
     if not isinstance(thresholds, dict):
         raise DataError(f"{where}: thresholds must be an object of bands: export the bundle again")
-    for band, threshold in thresholds.items():
+    for name, threshold in thresholds.items():
+        if name not in ("refer", "low"):
+            raise DataError(f"{where}: thresholds.{name} is no band, those are refer and low: export the bundle again")
         if not isinstance(threshold, dict) or not _finite(threshold.get("logit")):
-            raise DataError(f"{where}: thresholds.{band} needs a finite `logit`: export the bundle again")
+            raise DataError(f"{where}: thresholds.{name} needs a finite `logit`: export the bundle again")
+    if "low" in thresholds and not ("refer" in thresholds and _logit(thresholds, "low") <= _logit(thresholds, "refer")):
+        raise DataError(f"{where}: thresholds.low needs a thresholds.refer that isn't under it: export the bundle again")
+    if not isinstance(info.get("inputs", {}), dict):
+        raise DataError(f"{where}: inputs must be an object: export the bundle again")
     return info
 
 
 def band(logit: float, thresholds: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The band of a served logit: the highest threshold it reaches, else `routine`; None without thresholds."""
+    """The band of a served logit: `refer` from its threshold on, `low` under its own, else `routine`.
+
+    None without thresholds. That a picture can't be judged at all is for `serving.inputs` to say.
+    """
     if not thresholds:
         return None
-    reached = [(t["logit"], name) for name, t in thresholds.items() if logit >= t["logit"]]
-    return max(reached)[1] if reached else "routine"
+    if logit >= _logit(thresholds, "refer"):
+        return "refer"
+    return "low" if "low" in thresholds and logit < _logit(thresholds, "low") else "routine"
+
+
+def _logit(thresholds: Mapping[str, Mapping[str, Any]], name: str) -> float:
+    return float(thresholds[name]["logit"])
 
 
 def _files(path: Path) -> list[str]:

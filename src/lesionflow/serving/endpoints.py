@@ -76,7 +76,7 @@ class Service:
         pixels = self._decode(request)
         with self._model:
             outputs = self.predictor.logits(pixels)
-        return render(request, self.predictor.answers(*outputs), name, VERSION)
+        return render(request, self.predictor.answers(pixels, *outputs), name, VERSION)
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 SMOKE_TOLERANCE = 1e-3
 """Largest logit difference to the stored answers: another CPU may add in another order, another model may not pass."""
 
+CANNOT_JUDGE = "cannot judge"
+"""The band of a picture unlike those that the model was tried on: a person has to look."""
+
 DECODE_BATCH = 64
 """Lesions decoded ahead while the graph works on the ones before."""
 
@@ -48,7 +51,9 @@ class Answer:
     fold_logits: tuple[float, ...]
     """One per model."""
     band: str | None
-    """`refer`, `routine`, ...; None if the bundle has no thresholds."""
+    """`refer`, `routine`, `low` or `cannot judge`; None if the bundle has no thresholds."""
+    doubts: tuple[str, ...] = ()
+    """Why the picture can't be judged, in words; empty if it can."""
 
 
 class Predictor:
@@ -73,15 +78,31 @@ class Predictor:
 
     def predict(self, images: Sequence[bytes], limits: Limits = DEFAULT_LIMITS) -> list[Answer]:
         """Encoded JPEG or PNG images to answers, in order. Raises `ImageError` on the first unusable one."""
-        return self.answers(*self.logits(to_batch(images, self.spec, limits)))
+        pixels = to_batch(images, self.spec, limits)
+        return self.answers(pixels, *self.logits(pixels))
 
-    def answers(self, fold_logits: Floats, logit: Floats) -> list[Answer]:
-        """Calibrate and name the bands of raw outputs, `fold_logits` [B, K] and `logit` [B]."""
+    def answers(self, pixels: Pixels, fold_logits: Floats, logit: Floats) -> list[Answer]:
+        """Calibrate and name the bands of raw outputs, `fold_logits` [B, K] and `logit` [B], for uint8 [B, S, S, 3]."""
         thresholds = self.bundle.info["thresholds"]
+        doubts = self._doubts(pixels, fold_logits)
         return [
-            Answer(one, self.probability(one), tuple(row), band(one, thresholds))
-            for row, one in zip(fold_logits.tolist(), logit.tolist(), strict=True)
+            Answer(
+                one,
+                self.probability(one),
+                tuple(row),
+                CANNOT_JUDGE if doubt and thresholds else band(one, thresholds),
+                tuple(doubt),
+            )
+            for row, one, doubt in zip(fold_logits.tolist(), logit.tolist(), doubts, strict=True)
         ]
+
+    def _doubts(self, pixels: Pixels, fold_logits: Floats) -> list[list[str]]:
+        """Per lesion, why the model can't judge it; nothing where the bundle doesn't say what it knows."""
+        if not (known := self.bundle.info.get("inputs")):
+            return [[]] * len(pixels)
+        from lesionflow.serving.inputs import statistics, unusual
+
+        return unusual(statistics(pixels), fold_logits, known)
 
     def probability(self, logit: float) -> float:
         """1 / (1 + exp(-(a x logit + b))) in double precision, without overflow."""

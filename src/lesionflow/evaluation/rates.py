@@ -1,0 +1,235 @@
+"""Shares and means over lesions with patient-clustered intervals: specificity, Brier score, log loss, retrieval, ...
+
+A figure that is a ratio of two sums over lesions needs, per replicate, only the sums of each patient. Its interval
+is a bootstrap-t on the figure's natural scale (logit of a share, logarithm of a positive figure): each replicate
+gives every patient a Poisson(1) weight, which for a ratio is drawing patients with replacement, and its distance
+from the figure is measured in its own linearised standard error.
+
+Where thousands of groups contribute, as where no patient is known, only those that move the figure most are drawn
+one by one; the sums over all others are drawn from the normal distribution with their exact mean and covariance.
+
+A share of few malignant lesions that are found or missed one by one, such as a sensitivity, has a better interval:
+`proportion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import exp, lgamma, log, log1p
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lesionflow.errors import DataError, UsageError
+from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED, Figure, Interval
+from lesionflow.evaluation.metrics import Floats, Groups, Ints, codes
+
+Kind = Literal["share", "positive", "real"]
+METHOD = "patient-clustered bootstrap-t, {} scale"
+METHOD_LIMIT = "exact bound at the limit"
+METHOD_PROPORTION = "Clopper-Pearson, effective sample size by patient"
+SCALES = {"share": "logit", "positive": "log", "real": "plain"}
+FEWEST_CLUSTERS = 10
+"""With fewer patients (or lesions of unknown patients) that contribute no interval is worth printing."""
+_DRAWN = 2048
+"""Groups that are drawn one by one."""
+
+
+def rate(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    groups: Groups,
+    *,
+    malignant: int,
+    kind: Kind = "share",
+    fewest: int = FEWEST_MALIGNANT,
+    replicates: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Figure:
+    """sum(numerator) / sum(denominator) over lesions, with a patient-clustered interval.
+
+    numerator, denominator float64 [n], the latter at least 0; groups [n]: the patient of each lesion. `kind` says
+    what the figure is: a `share` of 0..1, `positive`, or any `real` number. `malignant` is how many malignant
+    lesions it rests on; under `fewest` there is no interval (0 for a figure of benign lesions alone), and
+    `replicates=0` leaves it out. Raises `DataError` for numbers that aren't finite or don't match row by row.
+    """
+    if kind not in SCALES:
+        raise UsageError(f"kind must be share, positive or real, got {kind!r}")
+    above, below = _sums(numerator, denominator, groups)
+    clusters, method = len(below), METHOD.format(SCALES[kind])
+    whole = float(below.sum())
+    if whole <= 0:
+        return Figure.missing("no lesions to take a share of", level=level, clusters=0, malignant=malignant)
+    value = float(above.sum()) / whole
+    reason = NOT_ASKED if not replicates else None
+    if malignant < fewest:
+        reason = reason or f"{malignant} malignant lesions: under {fewest}, no interval is worth printing"
+    if clusters < FEWEST_CLUSTERS:
+        reason = reason or f"lesions of {clusters} patients: under {FEWEST_CLUSTERS}, no interval is worth printing"
+    if reason:
+        return Figure(value, Interval(None, None, level, method, 0, 0, clusters, malignant, reason))
+    error = float(np.sqrt(((above - value * below) ** 2).sum() * clusters / (clusters - 1))) / whole
+    if (kind == "share" and not 0 < value < 1) or (kind == "positive" and value <= 0) or error <= 0:
+        low, high = _limit(value, kind, clusters, level)
+        reason = None if low is not None else "the figure does not vary"
+        return Figure(value, Interval(low, high, level, METHOD_LIMIT, 0, 0, clusters, malignant, reason))
+    values, errors = _replicates(above, below, value, replicates, seed)
+    to, back = _scale(kind)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        centre, slope = to(np.array(value))
+        scaled, slopes = to(values)
+        t = (scaled - centre) / (errors * slopes)
+    t = t[np.isfinite(t)]
+    if len(t) < replicates / 4:
+        reason = "most replicates do not vary"
+        return Figure(value, Interval(None, None, level, method, 0, 0, clusters, malignant, reason))
+    high_t, low_t = np.quantile(t, [(1 + level) / 2, (1 - level) / 2])
+    low, high = (float(back(centre - error * slope * q)) for q in (high_t, low_t))
+    interval = Interval(
+        min(low, value), max(high, value), level, method, replicates, replicates - len(t), clusters, malignant
+    )
+    return Figure(value, interval)
+
+
+def proportion(found: ArrayLike, groups: Groups, *, level: float = 0.95) -> Figure:
+    """The share of malignant lesions that are found, with Clopper and Pearson's interval, clustered by patient.
+
+    found bool [P], groups [P]. The sample size is Korn and Graubard's: what the patients' clustering leaves, less
+    what so few patients leave uncertain about that. Where all or none are found, each patient counts once.
+    """
+    hit = np.asarray(found).astype(np.float64)
+    if not len(hit):
+        return Figure.missing("no malignant lesions", level=level)
+    owner = codes(groups, len(hit))
+    clusters, share, tail = int(owner.max()) + 1, float(hit.mean()), (1 - level) / 2
+    reason = None
+    if len(hit) < FEWEST_MALIGNANT:
+        reason = f"{len(hit)} malignant lesions: under {FEWEST_MALIGNANT}, no interval is worth printing"
+    elif clusters < FEWEST_CLUSTERS:
+        reason = f"lesions of {clusters} patients: under {FEWEST_CLUSTERS}, no interval is worth printing"
+    if reason:
+        return Figure(share, Interval(None, None, level, METHOD_PROPORTION, 0, 0, clusters, len(hit), reason))
+    size = effective_size(hit, owner)
+    hits = share * size
+    low = beta_quantile(hits, size - hits + 1, tail) if share > 0 else 0.0
+    high = beta_quantile(hits + 1, size - hits, 1 - tail) if share < 1 else 1.0
+    return Figure(share, Interval(low, high, level, METHOD_PROPORTION, 0, 0, clusters, len(hit)))
+
+
+def effective_size(found: Floats, owner: Ints) -> float:
+    """How many independent lesions say as much about the mean of `found` [P] (0 or 1) as these of `owner` [P]."""
+    share, count, clusters = float(found.mean()), len(found), int(owner.max()) + 1
+    if not 0 < share < 1:
+        return float(clusters)
+    surplus = np.bincount(owner, found - share)
+    variance = float((surplus**2).sum()) / count**2 * clusters / (clusters - 1)
+    certainty = student_quantile(0.975, count - 1) / student_quantile(0.975, clusters - 1)
+    return min(float(count), share * (1 - share) / variance * certainty**2)
+
+
+def beta_quantile(a: float, b: float, probability: float) -> float:
+    """The quantile of the Beta(a, b) distribution by bisection, to 1e-12."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if beta_cdf(a, b, middle) < probability else (low, middle)
+        if high - low < 1e-13:
+            break
+    return (low + high) / 2
+
+
+def beta_cdf(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), by Lentz's continued fraction, to about 1e-12."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - beta_cdf(b, a, 1 - x)
+    front = exp(lgamma(a + b) - lgamma(a) - lgamma(b) + a * log(x) + b * log1p(-x)) / a
+    c, d = 1.0, 1 / _away(1 - (a + b) * x / (a + 1))
+    fraction = d
+    for m in range(1, 10_000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        d, c = 1 / _away(1 + even * d), _away(1 + even / c)
+        fraction *= d * c
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d, c = 1 / _away(1 + odd * d), _away(1 + odd / c)
+        fraction *= d * c
+        if abs(d * c - 1) < 1e-14:
+            break
+    return front * fraction
+
+
+def _away(value: float) -> float:
+    """The value, or something tiny in place of zero."""
+    return value if abs(value) > 1e-300 else 1e-300
+
+
+@lru_cache(maxsize=4096)
+def student_quantile(probability: float, freedom: float) -> float:
+    """The quantile of Student's t, for a probability above one half."""
+    x = beta_quantile(freedom / 2, 0.5, 2 * (1 - probability))
+    return float(np.sqrt(freedom * (1 - x) / x))
+
+
+def _sums(numerator: ArrayLike, denominator: ArrayLike, groups: Groups) -> tuple[Floats, Floats]:
+    """Per group that has a part in the figure: float64 [G] each, in the groups' sorted order."""
+    above, below = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
+    if above.shape != below.shape or above.ndim != 1:
+        raise DataError(f"rate: {above.shape} numerators for {below.shape} denominators; they must match row by row")
+    if not (np.isfinite(above).all() and np.isfinite(below).all() and (below >= 0).all()):
+        raise DataError("rate: numbers that aren't finite, or a denominator under 0; score these lesions again")
+    owner = codes(groups, len(above))
+    if not (np.equal(above, np.rint(above)).all() and np.equal(below, np.rint(below)).all()):
+        # Sums of fractions depend on their order, in the last digit; nothing may depend on the order of rows.
+        order = np.lexsort((below, above, owner))
+        above, below, owner = above[order], below[order], owner[order]
+    parts, wholes = np.bincount(owner, above), np.bincount(owner, below)
+    counts = (wholes > 0) | (parts != 0)
+    return parts[counts].astype(np.float64), wholes[counts].astype(np.float64)
+
+
+def _replicates(above: Floats, below: Floats, value: float, count: int, seed: int) -> tuple[Floats, Floats]:
+    """The ratio and its standard error in `count` replicates, float64 [R] each."""
+    terms = np.stack([above, below, above * above, above * below, below * below])
+    rest = np.zeros((5, 1))
+    if len(above) > _DRAWN:
+        order = np.lexsort((below, above, -np.abs(above - value * below)))
+        terms, others = terms[:, order[:_DRAWN]], terms[:, order[_DRAWN:]]
+        # The weights have mean and variance 1, so the sums' covariance is that of the second moments.
+        normal = np.random.default_rng([seed, 1]).standard_normal((5, count))
+        covariance = others @ others.T
+        sizes = np.sqrt(np.diag(covariance))
+        sizes[sizes == 0] = 1.0
+        values, vectors = np.linalg.eigh(covariance / np.outer(sizes, sizes))
+        noise = vectors @ (np.sqrt(np.maximum(values, 0))[:, None] * normal)
+        rest = others.sum(axis=1)[:, None] + sizes[:, None] * noise
+    a, b, aa, ab, bb = terms @ _weights(count, seed)[: terms.shape[1]] + rest
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = a / b
+        return ratio, np.sqrt(np.maximum(aa - 2 * ratio * ab + ratio**2 * bb, 0)) / b
+
+
+@lru_cache(maxsize=2)
+def _weights(count: int, seed: int) -> Floats:
+    """How often each group is drawn in each replicate, float64 [_DRAWN, R]; the same for every figure."""
+    return np.random.default_rng([seed, 0]).poisson(1.0, (_DRAWN, count)).astype(np.float64)
+
+
+def _scale(kind: Kind) -> tuple[Callable[[Floats], tuple[Floats, Floats]], Callable[[Floats], Floats]]:
+    """The figure's scale with its slope there, and the way back."""
+    if kind == "share":
+        return lambda x: (np.log(x / (1 - x)), 1 / (x * (1 - x))), lambda x: 1 / (1 + np.exp(-x))
+    if kind == "positive":
+        return lambda x: (np.log(x), 1 / x), np.exp
+    return lambda x: (x, np.ones_like(x)), lambda x: x
+
+
+def _limit(value: float, kind: Kind, clusters: int, level: float) -> tuple[float | None, float | None]:
+    """Where no group differs from the others: of n that don't fail, at most 1 - (tail)^(1/n) would."""
+    if kind != "share" or 0 < value < 1:
+        return None, None
+    bound = float(((1 - level) / 2) ** (1 / clusters))
+    return (bound, 1.0) if value >= 1 else (0.0, 1 - bound)

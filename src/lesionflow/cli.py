@@ -442,17 +442,24 @@ def data_prepare(
 def data_split(
     store: Annotated[Path, typer.Argument(help="Prepared store.", metavar="STORE")],
     out: Annotated[Path, typer.Option("--out", help="Folds file (Parquet).")],
-    folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 5,
+    folds: Annotated[int, typer.Option(min=2, help="Number of folds (by patient only).")] = 5,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    holdout: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of patients kept out of every fold, to judge what is served.")
+    ] = 0.0,
+    kind: Annotated[str, typer.Option(help="patient, or institution: each is a fold of its own.")] = "patient",
 ) -> None:
-    """Split a store into patient-grouped folds; an existing file for the same data is kept.
+    """Split a store into folds that share no patient; an existing file for the same data is kept.
 
-    Example: lesionflow data split store --out folds.parquet
+    Example: lesionflow data split store --out folds.parquet --holdout 0.2
     """
-    from lesionflow.data.folds import write_folds
+    from lesionflow.data.folds import HOLDOUT, write_folds
 
-    made = write_folds(store, out, count=folds, seed=seed)
-    typer.echo(f"{out}: {made.count} folds, hash {made.hash[:12]}")
+    made = write_folds(store, out, count=folds, seed=seed, holdout=holdout, kind=kind)
+    aside = f", {len(made.holdout_rows()):,} lesions in the hold-out" if HOLDOUT in made.fold else ""
+    typer.echo(f"{out}: {made.count} folds{aside}, hash {made.hash[:12]}")
+    for k, name in enumerate(made.names or ()):
+        typer.echo(f"fold {k}: {name}")
 
 
 def _numbers(text: str) -> list[int]:

@@ -18,7 +18,7 @@ LEVELS = (
     ("bundle",),
     ("models", "evaluation", "serving"),
     ("training", "export"),
-    ("steps",),
+    ("plan", "steps"),
     ("cluster",),
     ("cli", "__main__"),
 )

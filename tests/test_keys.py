@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from lesionflow import keys, steps
+from lesionflow import keys, plan
 from lesionflow.recipe import Recipe
 
 
 def test_each_step_key_follows_its_own_section_and_all_before_it() -> None:
     base = Recipe.load("quick")
-    first = steps.plan_keys(base, "data")
+    first = plan.plan_keys(base, "data")
     changed = {
         "folds.seed=1": "split",
         "training.epochs=9": "train",
@@ -23,17 +23,17 @@ def test_each_step_key_follows_its_own_section_and_all_before_it() -> None:
         "image.skip_corrupt=true": "prepare",
     }
     for override, step in changed.items():
-        other = steps.plan_keys(Recipe.load("quick", [override]), "data")
+        other = plan.plan_keys(Recipe.load("quick", [override]), "data")
         differing = [name for name in first if first[name] != other[name]]
         names = list(first)
         assert differing == names[names.index(step) :], override
-    assert steps.plan_keys(base, "other data")["prepare"] != first["prepare"]
-    assert steps.plan_keys(base, "data", "incumbent")["evaluate"] == first["evaluate"]
-    assert steps.plan_keys(base, "data", "incumbent")["gate"] != first["gate"]
+    assert plan.plan_keys(base, "other data")["prepare"] != first["prepare"]
+    assert plan.plan_keys(base, "data", "incumbent")["evaluate"] == first["evaluate"]
+    assert plan.plan_keys(base, "data", "incumbent")["gate"] != first["gate"]
 
 
 def test_every_recipe_section_belongs_to_a_step() -> None:
-    covered = {name for sections in steps._SECTIONS.values() for name in sections}
+    covered = {name for sections in plan._SECTIONS.values() for name in sections}
     assert covered == {f.name for f in dataclasses.fields(Recipe)}
 
 

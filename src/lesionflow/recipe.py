@@ -162,7 +162,7 @@ class Gate:
     pauc_floor: float = bound(0.02, 0, 0.2)
     """The pAUC interval's lower bound must not be under this (0.02 is a coin)."""
     sensitivity_floor: float = bound(0.0, 0, 1)
-    """One-sided 95 % lower bound of sensitivity at the `refer` threshold; 0 doesn't ask."""
+    """One-sided 95 % lower bound of the served band `refer`'s sensitivity, on the hold-out; 0 doesn't ask."""
     delta: float = bound(0.01, 0, 0.2)
     """The paired pAUC difference to the incumbent's bundle must not be below -delta."""
     parity: float = bound(1e-4, 1e-7, 0.1)

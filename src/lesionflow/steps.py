@@ -15,147 +15,40 @@ Everything is found in, and written to, the run directory:
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lesionflow import __version__, keys
+from lesionflow import keys
 from lesionflow.errors import DataError, GateRefused, UsageError
+from lesionflow.plan import STEPS, begin, planned, step
 from lesionflow.recipe import Recipe
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from lesionflow.data.folds import Folds
     from lesionflow.data.store import Store
     from lesionflow.training.status import Progress
 
-STEPS = ("prepare", "split", "train", "stack", "evaluate", "gate", "export", "deploy", "smoke")
+__all__ = [
+    "STEPS", "begin", "copy_bundle", "deploy", "evaluate", "export", "gate", "planned", "prepare", "run_all",
+    "smoke", "split", "stack", "train", "undeploy",
+]  # fmt: skip
 
-_DATA = ("data/schema.py", "data/table.py", "data/images.py", "data/source.py", "data/store.py")
-# The code whose change makes a step's earlier work stale, and the recipe's sections it reads.
-_ROOMS: dict[str, tuple[str, ...]] = {
-    "prepare": _DATA,
-    "split": ("data/folds.py",),
-    "train": ("data/images.py", "data/sampler.py", "data/augment.py", "data/datamodule.py", "models", "training"),
-    "stack": ("steps.py",),
-    "evaluate": ("evaluation", "steps.py"),
-    "gate": ("evaluation", "steps.py"),
-    "export": ("export", "bundle.py", "serving", "data", "steps.py"),
-}
-_SECTIONS: dict[str, tuple[str, ...]] = {
-    "prepare": (),
-    "split": ("folds",),
-    "train": ("seed", "image", "sampling", "augment", "model", "optimizer", "training"),
-    "stack": (),
-    "evaluate": ("evaluation",),
-    "gate": ("gate",),
-    "export": ("name", "description"),
-}
 PARITY_LESIONS = 64
-"""Stored lesions on which the exported graph must agree with torch before a bundle is written."""
+"""Stored lesions, drawn at random, on which the exported graph must agree with torch before a bundle is written."""
+DECISIVE_LESIONS = 128
+"""At most so many malignant lesions of the hold-out, on which it must also agree with what was evaluated."""
 REFERENCE_LESIONS = 8
 """Synthetic lesions whose answers travel in the bundle."""
-
-
-def plan_keys(recipe: Recipe, fingerprint: str, incumbent: str = "") -> dict[str, str]:
-    """Every step's content key, known before the first one runs.
-
-    Keys chain: a step's inputs are what the step before it makes, so its key covers all that came
-    before. `fingerprint` is the data's (`fingerprint`), `incumbent` the bundle compared against.
-    """
-    values = recipe.to_dict()
-    keyed: dict[str, str] = {}
-    before = fingerprint
-    for step in STEPS[:-2]:
-        part = {name: values[name] for name in _SECTIONS[step]}
-        if step == "prepare":
-            part = {"skip_corrupt": recipe.image.skip_corrupt}
-        if step == "train" and (weights := Path(recipe.model.weights)).is_file():
-            part["weights"] = keys.file_hash(weights)
-        inputs = {"before": before, "incumbent": incumbent if step == "gate" else ""}
-        before = keyed[step] = keys.content_key(step, inputs, part, _ROOMS[step])
-    return keyed
-
-
-def fingerprint(data: Path) -> str:
-    """Hash of a data set directory's training files: their bytes, or names, sizes and times for image folders."""
-    from lesionflow.data.source import open_source
-
-    with open_source(data, "train") as source:
-        files = sorted(source.files)
-    large = len(files) > 64
-    return keys.digest(
-        {p.name: [p.stat().st_size, p.stat().st_mtime_ns] if large else keys.file_hash(p) for p in files}
-    )
-
-
-def _bundle_hash(bundle: Path) -> str:
-    from lesionflow.bundle import MANIFEST, Bundle
-
-    return keys.file_hash(Bundle.open(bundle).path / MANIFEST)
-
-
-@contextlib.contextmanager
-def _step(run: Path, step: str, key: str, outputs: Callable[[], Sequence[str]]) -> Iterator[bool]:
-    """Yield whether the step has to run; afterwards, record what it wrote."""
-    before = STEPS[STEPS.index(step) - 1]
-    # Folds can be trained one by one, so the stack looks at their scores instead of the train step's record.
-    if step not in ("prepare", "stack"):
-        keys.require(run, before)
-    if keys.planned_keys(run)[step] != key:
-        # Its recipe.toml is another's too: what this step did now would be recorded as what it is not.
-        raise DataError(f"{run}: begun again meanwhile with another recipe, data or code; {step} is left to that")
-    if keys.is_done(run, step, key):
-        yield False
-        return
-    (run / "steps" / f"{step}.json").unlink(missing_ok=True)
-    started = time.monotonic()
-    yield True
-    keys.mark_done(run, step, key, outputs(), time.monotonic() - started)
-
-
-def begin(run: Path, recipe: Recipe, data: Path, *, incumbent: Path | None = None) -> dict[str, str]:
-    """Write `recipe.toml` and `run.json` and return the steps' keys.
-
-    Raises `DataError` for unreadable data, `UsageError` on a node of a distributed job: its nodes
-    would write over each other, so a run is begun, prepared and split before its job starts.
-    """
-    from lesionflow.training.launch import Nodes
-
-    if (nodes := Nodes.from_environment(os.environ).count) > 1:
-        raise UsageError(
-            f"this is one of {nodes} nodes: begin, prepare and split the run on one machine first "
-            "(the pipeline does), then start `lesionflow train --out RUN` on all of them"
-        )
-    run.mkdir(parents=True, exist_ok=True)
-    found = fingerprint(data)
-    keyed = plan_keys(recipe, found, _bundle_hash(incumbent) if incumbent else "")
-    keys.write_text(run / "recipe.toml", recipe.to_toml())
-    keys.write_json(
-        run / "run.json",
-        {
-            "recipe": recipe.name,
-            "data": str(data.resolve()),
-            "lesionflow": __version__,
-            "fingerprint": found,
-            "versions": _versions(),
-            "keys": keyed,
-        },
-    )
-    return keyed
-
-
-def planned(run: Path, *, incumbent: Path | None = None) -> dict[str, str]:
-    """The keys of a run that was begun, as `begin` wrote them (the gate's may follow another incumbent)."""
-    if incumbent is None:
-        return keys.planned_keys(run)
-    begun = keys.read_json(run / "run.json")
-    keyed = plan_keys(_recipe(run), begun["fingerprint"], _bundle_hash(incumbent))
-    keys.write_json(run / "run.json", {**begun, "keys": keyed})
-    return keyed
+DESCRIBED = (
+    "patient_id", "sex", "age_approx", "anatom_site_general", "attribution", "copyright_license", "tbp_tile_type",
+    "clin_size_long_diam_mm", "tbp_lv_Lext", "tbp_lv_Bext",
+)  # fmt: skip
+"""Columns that go with the scores where the data has them: what subgroups and credits are made of."""
 
 
 def prepare(run: Path, data: Path, key: str, *, progress: bool = False) -> Path:
@@ -163,7 +56,7 @@ def prepare(run: Path, data: Path, key: str, *, progress: bool = False) -> Path:
     from lesionflow.data import store
 
     recipe = _recipe(run)
-    with _step(run, "prepare", key, lambda: ["store"]) as needed:
+    with step(run, "prepare", key, lambda: ["store"]) as needed:
         if needed:
             store.prepare(data, run / "store", skip_corrupt=recipe.image.skip_corrupt, progress=progress)
     return run / "store"
@@ -182,9 +75,11 @@ def split(run: Path, key: str) -> Path:
             raise DataError(f"{path}: not the file this run wrote; delete it and its run directory, and split again")
         if record is None or record["key"] != key:
             path.unlink()  # Another recipe's or data set's folds.
-    with _step(run, "split", key, lambda: ["folds.parquet"]) as needed:
+    with step(run, "split", key, lambda: ["folds.parquet"]) as needed:
         if needed:
-            write_folds(run / "store", path, count=options.count, seed=options.seed)
+            write_folds(
+                run / "store", path, count=options.count, seed=options.seed, holdout=options.holdout, kind=options.kind
+            )
     return path
 
 
@@ -218,68 +113,36 @@ def train(
     if len(wanted) < count:
         launch.train(run, wanted, processes=processes, jobs=jobs, anew=anew, show=show)
         return
-    with _step(run, "train", key, lambda: [f"fold-{k}/{name}" for k in wanted for name in _fold_files(run)]) as needed:
+    with step(run, "train", key, lambda: [f"fold-{k}/{name}" for k in wanted for name in _fold_files(run)]) as needed:
         if needed:
             launch.train(run, wanted, processes=processes, jobs=jobs, anew=anew, show=show)
 
 
-def stack(run: Path, key: str) -> Path:
-    """`fold-<k>/oof.parquet` -> `oof.parquet`: every lesion once, scored by a model that never saw its patient."""
-    import polars as pl
+def stack(run: Path, key: str, *, progress: bool = False) -> Path:
+    """The folds' scores -> `oof.parquet`: every lesion once, scored by a model that never saw its patient.
 
-    store, folds = _open(run)
+    Where the split set lesions aside from every fold, `holdout.parquet` has them with the mean of all folds'
+    logits, which is what is served, and `inputs.json` says what pictures the model was tried on.
+    """
     out = run / "oof.parquet"
-    with _step(run, "stack", key, lambda: ["oof.parquet"]) as needed:
+
+    def outputs() -> list[str]:
+        return [name for name in ("oof.parquet", "holdout.parquet", "inputs.json") if (run / name).exists()]
+
+    with step(run, "stack", key, outputs) as needed:
         if needed:
-            parts = []
-            for k in range(folds.count):
-                path = run / f"fold-{k}" / "oof.parquet"
-                if not path.exists():
-                    raise DataError(f"{path}: fold {k} has no scores; train it first (`lesionflow train --fold {k}`)")
-                part = pl.read_parquet(path)
-                expected = keys.fold_identity(keys.planned_keys(run)["train"], k)
-                if pl.read_parquet_metadata(path).get("identity") != expected:
-                    raise DataError(f"{path}: scores of another recipe, data set or code; train fold {k} again")
-                if set(part["fold_hash"]) != {folds.hash} or (part["fold"] != k).any():
-                    raise DataError(f"{path}: scores of another split; delete {path.parent} and train fold {k} again")
-                parts.append(part)
-            table = pl.concat(parts)
-            extra = [c for c in ("patient_id", "sex", "age_approx", "anatom_site_general", "attribution") if c in
-                     store.table.columns]  # fmt: skip
-            table = table.join(store.table.select("isic_id", *extra), on="isic_id", how="left").sort("isic_id")
-            if len(table) != len(store) or table["isic_id"].n_unique() != len(store):
-                raise DataError(f"{out}: {len(table)} scores for {len(store)} lesions; train every fold again")
-            with keys.atomic(out) as file:
-                table.write_parquet(file)
+            _stack(run, progress)
     return out
 
 
-def evaluate(run: Path, key: str) -> dict[str, Any]:
-    """`oof.parquet` -> `metrics.json` and the folds' curves in one `metrics.csv`."""
-    import polars as pl
+def evaluate(run: Path, key: str, *, progress: bool = False) -> dict[str, Any]:
+    """`oof.parquet` and `holdout.parquet` -> `metrics.json`, and the folds' curves in one `metrics.csv`.
 
-    from lesionflow.data.folds import Folds
-    from lesionflow.evaluation.evaluate import evaluate_oof
-
-    options = _recipe(run).evaluation
-    with _step(run, "evaluate", key, lambda: ["metrics.json", "metrics.csv"]) as needed:
+    Raises `DataError` for predictions that leak: other folds, a patient on two sides, a model scoring its own.
+    """
+    with step(run, "evaluate", key, lambda: ["metrics.json", "metrics.csv"]) as needed:
         if needed:
-            oof = pl.read_parquet(run / "oof.parquet")
-            metrics = evaluate_oof(
-                oof, replicates=options.replicates, seed=options.seed, sensitivity=options.sensitivity
-            )
-            count, members = Folds.load(run / "folds.parquet").count, _recipe(run).model.per_fold
-            paths = [run / f"fold-{k}/model-{m}/metrics.csv" for k in range(count) for m in range(members)]
-            curves = [pl.read_csv(path, infer_schema_length=None) for path in paths if path.exists()]
-            if curves:
-                # A resumed run wrote some steps twice; the later row is the one that counts.
-                merged = pl.concat(curves, how="diagonal_relaxed").unique(
-                    ["fold", "model", "step"], keep="last", maintain_order=True
-                )
-                keys.write_text(run / "metrics.csv", merged.write_csv())
-            else:
-                keys.write_text(run / "metrics.csv", "")
-            keys.write_json(run / "metrics.json", metrics)
+            _evaluate(run, progress)
     return keys.read_json(run / "metrics.json")
 
 
@@ -292,7 +155,7 @@ def gate(run: Path, key: str, *, incumbent: Path | None = None) -> dict[str, Any
     from lesionflow.evaluation import gate as gates
 
     recipe = _recipe(run)
-    with _step(run, "gate", key, lambda: ["gate.json", "report.html", "MODEL_CARD.md"]) as needed:
+    with step(run, "gate", key, lambda: ["gate.json", "report.html", "MODEL_CARD.md"]) as needed:
         if needed:
             paired = _paired(run, incumbent) if incumbent else None
             result = gates.check(keys.read_json(run / "metrics.json"), recipe.gate, paired=paired)
@@ -305,7 +168,7 @@ def gate(run: Path, key: str, *, incumbent: Path | None = None) -> dict[str, Any
 
 def export(run: Path, key: str) -> Path:
     """Weights -> `bundle/`, only if the exported graph agrees with torch on stored lesions (else `GateRefused`)."""
-    with _step(run, "export", key, lambda: ["bundle"]) as needed:
+    with step(run, "export", key, lambda: ["bundle"]) as needed:
         if needed:
             _export(run)
     return run / "bundle"
@@ -431,6 +294,98 @@ def run_all(
     return answered
 
 
+def _stack(run: Path, progress: bool) -> None:
+    import polars as pl
+
+    store, folds = _open(run)
+    parts = {name: [_scores(run, folds, k, name) for k in range(folds.count)] for name in ("oof", "holdout")}
+    for k, part in enumerate(parts["oof"]):
+        if (part["fold"] != k).any():
+            raise DataError(f"{run}/fold-{k}/oof.parquet: scores of another fold; delete the folder and train again")
+    _write_scores(run / "oof.parquet", pl.concat(parts["oof"]), store, len(store) - len(folds.holdout_rows()))
+    if not folds.holdout:
+        for name in ("holdout.parquet", "inputs.json"):
+            (run / name).unlink(missing_ok=True)
+        return
+    # What is served is the mean of the folds' models, and none of them has seen these patients.
+    logit = pl.col("logit")
+    served = pl.concat(parts["holdout"]).group_by("isic_id").agg(fold_logits=logit, logit=logit.mean())
+    table = _judged(run, parts["holdout"][0].drop("logit").join(served, on="isic_id"), store, progress)
+    _write_scores(run / "holdout.parquet", table, store, len(folds.holdout_rows()))
+
+
+def _scores(run: Path, folds: Folds, k: int, name: str) -> pl.DataFrame:
+    """The scores that fold k's training wrote, if they are of this very recipe, data and split."""
+    import polars as pl
+
+    path = run / f"fold-{k}" / f"{name}.parquet"
+    if not path.exists():
+        raise DataError(f"{path}: fold {k} has no scores; train it first (`lesionflow train --fold {k}`)")
+    part = pl.read_parquet(path)
+    if pl.read_parquet_metadata(path).get("identity") != keys.fold_identity(keys.planned_keys(run)["train"], k):
+        raise DataError(f"{path}: scores of another recipe, data set or code; train fold {k} again")
+    if set(part["fold_hash"]) - {folds.hash}:
+        raise DataError(f"{path}: scores of another split; delete {path.parent} and train fold {k} again")
+    return part
+
+
+def _judged(run: Path, table: pl.DataFrame, store: Store, progress: bool) -> pl.DataFrame:
+    """The table with `doubts`, why a picture can't be judged; writes what that is held against to `inputs.json`."""
+    import numpy as np
+    import polars as pl
+
+    from lesionflow.data.images import to_pixels
+    from lesionflow.models.image import preprocess_spec
+    from lesionflow.progress import track
+    from lesionflow.serving.inputs import reference, statistics, unusual
+
+    spec, place = preprocess_spec(_recipe(run)), {name: row for row, name in enumerate(store.ids)}
+    found = [
+        statistics(to_pixels(store.jpeg(place[name]), spec)[None])
+        for name in track(table["isic_id"], "pictures", total=len(table), show=progress)
+    ]
+    stats = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+    fold_logits = np.array(table["fold_logits"].to_list())
+    known = reference(stats, fold_logits)
+    keys.write_json(run / "inputs.json", known)
+    return table.with_columns(doubts=pl.Series(unusual(stats, fold_logits, known), dtype=pl.List(pl.String)))
+
+
+def _write_scores(out: Path, table: pl.DataFrame, store: Store, expected: int) -> None:
+    """Scores with what subgroups are made of, one row per lesion, in the order of their ids."""
+    extra = [name for name in DESCRIBED if name in store.table.columns]
+    table = table.join(store.table.select("isic_id", *extra), on="isic_id", how="left").sort("isic_id")
+    if len(table) != expected or table["isic_id"].n_unique() != expected:
+        raise DataError(f"{out}: {len(table)} scores for {expected} lesions; train every fold again")
+    with keys.atomic(out) as file:
+        table.write_parquet(file)
+
+
+def _evaluate(run: Path, progress: bool) -> None:
+    import polars as pl
+
+    from lesionflow.evaluation import leaks
+    from lesionflow.evaluation.evaluate import evaluate as figures
+
+    recipe, (store, folds) = _recipe(run), _open(run)
+    oof = pl.read_parquet(run / "oof.parquet")
+    holdout = pl.read_parquet(run / "holdout.parquet") if folds.holdout else None
+    leaks.check_oof(oof, folds)
+    found = leaks.duplicates(store, folds, progress=progress)
+    split = {"kind": folds.kind, "names": folds.names, "holdout": len(folds.holdout_rows())}
+    metrics = figures(oof, holdout, recipe.evaluation, split=split, leaks=found)
+    count, members = folds.count, recipe.model.per_fold
+    paths = [run / f"fold-{k}/model-{m}/metrics.csv" for k in range(count) for m in range(members)]
+    curves = [pl.read_csv(path, infer_schema_length=None) for path in paths if path.exists()]
+    text = ""
+    if curves:
+        # A resumed run wrote some steps twice; the later row is the one that counts.
+        merged = pl.concat(curves, how="diagonal_relaxed")
+        text = merged.unique(["fold", "model", "step"], keep="last", maintain_order=True).write_csv()
+    keys.write_text(run / "metrics.csv", text)
+    keys.write_json(run / "metrics.json", metrics)
+
+
 def _export(run: Path) -> None:
     import numpy as np
 
@@ -440,16 +395,20 @@ def _export(run: Path) -> None:
     from lesionflow.training.scoring import fold_weights, load_network
 
     recipe, (store, folds) = _recipe(run), _open(run)
+    metrics = keys.read_json(run / "metrics.json")
     models = [
         Members([load_network(path, recipe) for path in paths]) for paths in fold_weights(run, recipe, folds.count)
     ]
     spec = preprocess_spec(recipe)
-    rows = np.random.default_rng(0).choice(len(store), min(PARITY_LESIONS, len(store)), replace=False)
+    served, thresholds = _decisive(run, store), _thresholds(metrics["served"], recipe.gate.parity)
+    drawn = np.random.default_rng(0).choice(len(store), min(PARITY_LESIONS, len(store)), replace=False)
+    rows = [*served, *(row for row in drawn.tolist() if row not in served)]
     info = {
         "name": recipe.name,
-        "metrics": keys.read_json(run / "metrics.json"),
-        # Thresholds belong to the combination that is served, which no lesion here has been held out from.
-        "thresholds": {},
+        "metrics": metrics,
+        "calibration": metrics["probability"],
+        "thresholds": thresholds,
+        "inputs": keys.read_json(run / "inputs.json") if folds.holdout else {},
         "recipe": recipe.to_dict(),
         "data_hash": store.hash,
         "fold_hash": folds.hash,
@@ -463,10 +422,32 @@ def _export(run: Path) -> None:
         info=info,
         parity_images=np.stack([pixels(store, int(row), spec) for row in rows]),
         tolerance=recipe.gate.parity,
+        # evaluated=np.array(list(served.values())),
         reference=_reference_lesions(),
         card=(run / "MODEL_CARD.md").read_text(),
         tta=recipe.training.tta,
     )
+
+
+def _thresholds(served: dict[str, Any], tolerance: float) -> dict[str, Any]:
+    """The bands that could be vouched for, lowered by what the exported graph may differ: none is lost to rounding."""
+    bands = served.get("thresholds", {})
+    return {
+        name: one | {"logit": one["logit"] - tolerance}
+        for name, one in bands.items()
+        if one["reached"] and bands["refer"]["reached"]
+    }
+
+
+def _decisive(run: Path, store: Store) -> dict[int, float]:
+    """Store row -> served logit of the hold-out's malignant lesions: on these the thresholds and their bounds rest."""
+    import polars as pl
+
+    if not (run / "holdout.parquet").exists():
+        return {}
+    place = {name: row for row, name in enumerate(store.ids)}
+    table = pl.read_parquet(run / "holdout.parquet").filter(pl.col("target") == 1).sort("isic_id").head(DECISIVE_LESIONS)
+    return {place[name]: logit for name, logit in table.select("isic_id", "logit").iter_rows()}
 
 
 def _report(run: Path, gate_result: dict[str, Any]) -> None:
@@ -555,13 +536,3 @@ def _open(run: Path) -> tuple[Store, Folds]:
 
 def _recipe(run: Path) -> Recipe:
     return Recipe.load(run / "recipe.toml")
-
-
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    found = {"lesionflow": __version__, "python": sys.version.split()[0]}
-    for package in ("torch", "timm", "lightning", "numpy", "polars", "pillow", "simplejpeg", "onnxruntime"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found

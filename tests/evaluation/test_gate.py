@@ -18,7 +18,7 @@ def figures(low=0.12, reason=None, bound=0.85):
     return {
         "headline": "rank_pooled",
         "pauc": {"chance": 0.02, "rank_pooled": {"value": 0.14, "interval": interval}},
-        "thresholds": {"refer": {"sensitivity": 0.92, "lower_bound": bound}},
+        "served": {"thresholds": {"refer": {"sensitivity": 0.92, "lower_bound": bound}}},
     }
 
 

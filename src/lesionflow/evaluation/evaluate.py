@@ -1,148 +1,266 @@
-"""From out-of-fold predictions to metrics.json: every figure with its interval, or the reason for none.
+"""From predictions to metrics.json: every figure with its interval, or the reason why it has none.
 
-Folds come from different models whose scales differ, so there is no one pAUC of a cross-validation. All four
-are given: each fold's, their mean, that of the pooled logits, and that of the logits ranked within their fold
-and then pooled. The last is the headline: it uses every malignant lesion and forgives only a shift of scale.
+Two tables are read. The out-of-fold one has each lesion once, scored by a model that never saw its patient;
+folds are different models whose scales differ, so there is no one pAUC of it, and all are given: each fold's,
+their mean, that of the pooled logits, and that of the logits ranked within their fold and then pooled. The
+last is the headline: it uses every malignant lesion and forgives only a shift of scale.
+
+The hold-out has the patients that no fold's model saw, scored by the mean of all of them: what is served. So
+what goes with the served model (its probabilities, its thresholds and bands) is fitted and vouched for there.
 The schema is described in docs/metrics.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lesionflow.errors import DataError
-from lesionflow.evaluation import metrics
+from lesionflow.evaluation import calibration, metrics
+from lesionflow.evaluation.decision import decision_curve
 from lesionflow.evaluation.grouping import describe
-from lesionflow.evaluation.intervals import bootstrap_areas, bootstrap_mean_of_folds, choose_threshold
-from lesionflow.evaluation.metrics import Floats, Groups, Ints
+from lesionflow.evaluation.intervals import Figure
+from lesionflow.evaluation.metrics import Floats, Ints
+from lesionflow.evaluation.ranking import MEASURES, mean_of_folds, ranking
+from lesionflow.evaluation.rates import proportion, rate
+from lesionflow.evaluation.subgroups import subgroups
+from lesionflow.evaluation.thresholds import band_of, choose_bands, choose_threshold
+from lesionflow.evaluation.workload import operating
+from lesionflow.recipe import Evaluation
 
 if TYPE_CHECKING:
     import polars as pl
 
-SCHEMA = 1
+SCHEMA = 2
 COLUMNS = ("isic_id", "patient_group", "target", "fold", "logit", "fold_hash")
+CANNOT_JUDGE = "cannot judge"
+NO_HOLDOUT = "no patients were set aside (folds.holdout = 0), so nothing that is served was tried on unseen patients"
 
 
-def evaluate_oof(
+def evaluate(
     oof: pl.DataFrame,
+    holdout: pl.DataFrame | None = None,
+    options: Evaluation | None = None,
     *,
-    replicates: int = 2000,
-    seed: int = 0,
-    sensitivity: float = 0.9,
-    min_tpr: float = metrics.MIN_TPR,
+    split: Mapping[str, Any] | None = None,
+    leaks: Mapping[str, Any] | None = None,
     level: float = 0.95,
 ) -> dict[str, Any]:
-    """The content of metrics.json for an out-of-fold table (columns isic_id, patient_group, target, fold, logit,
-    fold_hash). JSON-able, without NaN. Raises `DataError` naming the column and the first ids.
+    """The content of metrics.json for an out-of-fold table and the hold-out's, with `COLUMNS` and what is known
+    of the lesions (sex, age_approx, attribution, ...); the hold-out's fold is -1, its `doubts` say why a picture
+    can't be judged. `split` is {kind, names, holdout}, `leaks` what was looked for. JSON-able, without NaN.
+
+    Raises `DataError` naming the column and the first ids.
     """
-    checked = _checked(oof)
-    y, s = checked["target"].to_numpy(), checked["logit"].to_numpy()
-    fold = checked["fold"].to_numpy()
-    groups = metrics.codes(checked["patient_group"].to_list(), len(y))
+    options = options or Evaluation()
+    lesions = _Lesions(_checked(oof, "oof"), options, level)
+    y, s, fold = lesions.y, lesions.s, lesions.fold
     ranks = metrics.fold_rank(s, fold)
-    known = checked.filter(checked["patient_group"] != checked["isic_id"])
-    grouping = describe(known["patient_group"].n_unique(), len(known), len(y) - len(known))
-    options: dict[str, Any] = {"replicates": replicates, "seed": seed, "level": level}
-    ranked, ranked_auc = _areas(y, ranks, groups, min_tpr, options)
-    pooled, pooled_auc = _areas(y, s, groups, min_tpr, options)
-    folds = [_fold(int(f), y[fold == f], s[fold == f], groups[fold == f], min_tpr, options) for f in np.unique(fold)]
-    probability = 1 / (1 + np.exp(-np.clip(s, -700, 700)))
+    by_rank = ranking(y, ranks, lesions.groups, **lesions.resampling)
+    pooled = ranking(y, s, lesions.groups, **lesions.resampling)
+    mean = mean_of_folds(y, s, lesions.groups, fold, **lesions.resampling)
+    names = (split or {}).get("names")
+    folds = [_fold(lesions, int(f), names) for f in np.unique(fold)]
+    joined = {
+        name: {
+            "rank_pooled": by_rank[name].to_dict(),
+            "pooled": pooled[name].to_dict(),
+            "mean_of_folds": mean[name].to_dict(),
+        }
+        for name in MEASURES
+    }
+    values = [one["value"] for one in folds if one["value"] is not None]
+    joined["pauc"]["mean_of_folds"]["sd"] = float(np.std(values, ddof=1)) if len(values) == len(folds) > 1 else None
+    probability = calibration.cross_fitted(s, y, fold, prevalence=options.prevalence)
+    reading = operating(y, ranks, lesions.groups, lesions.known, prevalence=options.prevalence, **lesions.resampling)
+    # Subgroups are compared at the score that finds the wanted share of all malignant lesions.
+    threshold = choose_threshold(y, ranks, lesions.groups, options.sensitivity).value
+    refer = choose_threshold(y, s, lesions.groups, options.sensitivity)
     return {
         "schema": SCHEMA,
-        "counts": {"lesions": len(y), "malignant": int(y.sum()), "benign": int((y == 0).sum()), "folds": len(folds)},
-        "groups": grouping.to_dict(),
-        "fold_hash": str(checked["fold_hash"][0]),
+        "settings": {
+            **lesions.resampling,
+            "sensitivity": options.sensitivity,
+            "low_sensitivity": options.low_sensitivity,
+            "prevalence": options.prevalence or float(y.mean()),
+        },
+        **lesions.described(),
+        "split": dict(split) if split else {"kind": "patient", "names": None, "holdout": 0},
+        "fold_hash": str(lesions.table["fold_hash"][0]),
         "headline": "rank_pooled",
-        "pauc": {
-            "min_tpr": min_tpr,
-            "maximum": round(1 - min_tpr, 12),
-            "chance": round((1 - min_tpr) ** 2 / 2, 12),
-            "rank_pooled": ranked,
-            "pooled": pooled,
-            "mean_of_folds": _mean(folds, y, s, groups, fold, min_tpr, options),
-            "folds": folds,
-        },
-        "auc": {"rank_pooled": ranked_auc, "pooled": pooled_auc},
-        "average_precision": {"rank_pooled": metrics.average_precision(y, ranks)},
-        "retrieval": _retrieval(known, ranks[(checked["patient_group"] != checked["isic_id"]).to_numpy()]),
-        "probabilities": {
-            "log_loss": metrics.log_loss(y, probability),
-            "brier": metrics.brier(y, probability),
-            "calibrated": False,
-        },
-        "thresholds": {"refer": choose_threshold(y, s, groups, sensitivity).to_dict() | {"scale": "pooled logit"}},
-        "settings": {**options, "sensitivity": sensitivity},
+        "pauc": {**_range(0.8), **joined["pauc"], "folds": folds},
+        "pauc_88": {**_range(0.88), **joined["pauc_88"]},
+        "auc": joined["auc"],
+        "average_precision": {"chance": float(y.mean()), **joined["average_precision"]},
+        "retrieval": _retrieval(lesions, ranks),
+        "operating": reading,
+        "calibration": calibration.assess(
+            probability, y, lesions.groups, prevalence=options.prevalence, **lesions.resampling
+        ),
+        "decision_curve": decision_curve(
+            probability, y, lesions.groups, prevalence=options.prevalence, **lesions.resampling
+        ),
+        "thresholds": {"refer": refer.to_dict() | {"scale": "pooled logit"}},
+        "subgroups": subgroups(lesions.table, y, ranks, lesions.groups, threshold, **lesions.resampling),
+        "leaks": dict(leaks) if leaks else {"reason": "not looked for"},
+        **_served(lesions, holdout, options, level),
     }
 
 
-def _areas(
-    y: Ints, s: Floats, groups: Groups, min_tpr: float, options: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    partial, whole = bootstrap_areas(y, s, groups, (min_tpr, 0.0), **options)
-    return (
-        {"value": metrics.pauc(y, s, min_tpr), "interval": partial.to_dict()},
-        {"value": metrics.auc(y, s), "interval": whole.to_dict()},
-    )
+class _Lesions:
+    """A checked table and what every figure of it needs."""
+
+    def __init__(self, table: pl.DataFrame, options: Evaluation, level: float) -> None:
+        self.table = table
+        self.y: Ints = table["target"].to_numpy()
+        """int8 [n], 1 malignant."""
+        self.s: Floats = table["logit"].to_numpy()
+        self.fold: Ints = table["fold"].to_numpy()
+        self.groups = metrics.codes(table["patient_group"].to_list(), len(table))
+        self.known = (table["patient_group"] != table["isic_id"]).to_numpy()
+        """Whether the patient is known, bool [n]."""
+        self.resampling: dict[str, Any] = {"replicates": options.replicates, "seed": options.seed, "level": level}
+
+    def described(self) -> dict[str, Any]:
+        """Counts, and what the groups are."""
+        malignant, total, known = int(self.y.sum()), len(self.y), int(self.known.sum())
+        patients = len(np.unique(self.groups[self.known]))
+        return {
+            "counts": {
+                "lesions": total, "malignant": malignant, "benign": total - malignant,
+                "folds": len(np.unique(self.fold)), "prevalence": malignant / total,
+            },
+            "groups": describe(patients, known, total - known).to_dict(),
+        }  # fmt: skip
 
 
-def _fold(fold: int, y: Ints, s: Floats, groups: Ints, min_tpr: float, options: dict[str, Any]) -> dict[str, Any]:
+def _range(min_tpr: float) -> dict[str, float]:
+    return {"min_tpr": min_tpr, "maximum": round(1 - min_tpr, 12), "chance": round((1 - min_tpr) ** 2 / 2, 12)}
+
+
+def _fold(lesions: _Lesions, fold: int, names: list[str] | None) -> dict[str, Any]:
+    here = lesions.fold == fold
+    y, s, groups = lesions.y[here], lesions.s[here], lesions.groups[here]
     malignant = int(y.sum())
-    result: dict[str, Any] = {
-        "fold": fold, "lesions": len(y), "malignant": malignant, "groups": len(np.unique(groups)),
-        "value": None, "interval": None, "reason": None,
+    about = {
+        "fold": fold, "name": names[fold] if names else None,
+        "lesions": len(y), "malignant": malignant, "groups": len(np.unique(groups)),
     }  # fmt: skip
     if malignant in (0, len(y)):
-        return result | {"reason": f"all its lesions are {'malignant' if malignant else 'benign'}"}
-    partial, _ = _areas(y, s, groups, min_tpr, options)
-    return result | partial
+        kind = "malignant" if malignant else "benign"
+        missing = Figure.missing(f"all its lesions are {kind}", clusters=len(np.unique(groups)), malignant=malignant)
+        return about | missing.to_dict()
+    return about | ranking(y, s, groups, **lesions.resampling)["pauc"].to_dict()
 
 
-def _mean(
-    folds: list[dict[str, Any]], y: Ints, s: Floats, groups: Ints, fold: Ints, min_tpr: float, options: dict[str, Any]
-) -> dict[str, Any]:
-    values = [one["value"] for one in folds if one["value"] is not None]
-    if len(values) < len(folds):
-        reason = f"{len(folds) - len(values)} of {len(folds)} folds have one class only"
-        return {"value": None, "sd": None, "interval": None, "reason": reason}
-    interval = bootstrap_mean_of_folds(y, s, groups, fold, min_tpr=min_tpr, **options)
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"value": float(np.mean(values)), "sd": sd, "interval": interval.to_dict(), "reason": None}
-
-
-def _retrieval(known: pl.DataFrame, ranks: Floats) -> dict[str, Any]:
+def _retrieval(lesions: _Lesions, ranks: Floats) -> dict[str, Any]:
     """Top-15 retrieval over the known patients: a lesion that is its own group would always be found."""
-    result: dict[str, Any] = {
-        "k": metrics.TOP_K, "value": None, "patients": known.filter(known["target"] == 1)["patient_group"].n_unique(),
-        "malignant": int(known["target"].sum()), "lesions": len(known), "reason": None,
+    known = lesions.known
+    y, owner = lesions.y[known], lesions.groups[known]
+    size = np.bincount(owner) if len(owner) else np.zeros(0, int)
+    about = {
+        "k": metrics.TOP_K, "patients": len(np.unique(owner[y == 1])), "malignant": int(y.sum()), "lesions": len(y),
+        "patients_with_k_lesions_or_fewer": int(((size > 0) & (size <= metrics.TOP_K)).sum()),
     }  # fmt: skip
-    if not result["malignant"] or result["malignant"] == len(known):
-        return result | {"reason": "the known patients do not have lesions of both classes"}
-    value = metrics.top_k_retrieval(known["target"].to_numpy(), ranks, known["patient_group"].to_list())
-    small = sum(known["patient_group"].value_counts()["count"] <= metrics.TOP_K)
-    return result | {"value": value, "patients_with_k_lesions_or_fewer": int(small)}
+    if not y.any() or y.all():
+        reason = (
+            "the patient of no lesion is known" if not len(y) else "known patients lack malignant or benign lesions"
+        )
+        return about | Figure.missing(reason, malignant=int(y.sum())).to_dict()
+    found = metrics.retrieved(y, ranks[known], owner)
+    return about | proportion(found, owner[y == 1], level=lesions.resampling["level"]).to_dict()
 
 
-def _checked(oof: pl.DataFrame) -> pl.DataFrame:
+def _served(oof: _Lesions, holdout: pl.DataFrame | None, options: Evaluation, level: float) -> dict[str, Any]:
+    """`probability`, how a served logit becomes one, and `served`, what is known of the combination that is served."""
+    if holdout is None:
+        fitted = calibration.fit(oof.s, oof.y, prevalence=options.prevalence)
+        return {"probability": fitted.to_dict() | {"fitted_on": "out-of-fold"}, "served": {"reason": NO_HOLDOUT}}
+    here = _Lesions(_checked(holdout, "holdout"), options, level)
+    y, s, groups, doubtful = here.y, here.s, here.groups, _doubtful(here.table)
+    if shared := sorted(set(here.table["patient_group"]) & set(oof.table["patient_group"])):
+        raise DataError(
+            f"holdout: {len(shared)} patients lie in a fold too (such as {shared[0]}), so its figures would flatter; "
+            "split again"
+        )
+    fitted = calibration.fit(s, y, prevalence=options.prevalence)
+    parts = calibration.patient_parts(groups, seed=options.seed, y=y)
+    probability = calibration.cross_fitted(s, y, parts, prevalence=options.prevalence)
+    # A lesion that can't be judged isn't referred by the model: whoever vouches for it must count it as missed.
+    vouched = np.where(doubtful, s.min() - 1.0, s)
+    bands = choose_bands(
+        y, vouched, groups,
+        sensitivity=options.sensitivity, low_sensitivity=options.low_sensitivity,
+        prevalence=options.prevalence, level=level,
+    )  # fmt: skip
+    weighted = {"prevalence": options.prevalence, **here.resampling}
+    return {
+        "probability": fitted.to_dict() | {"fitted_on": "holdout"},
+        "served": {
+            **here.described(),
+            **{name: one.to_dict() for name, one in ranking(y, s, groups, **here.resampling).items()},
+            "retrieval": _retrieval(here, s),
+            "operating": operating(y, s, groups, here.known, **weighted),
+            "calibration": calibration.assess(probability, y, groups, **weighted),
+            "decision_curve": decision_curve(probability, y, groups, **weighted),
+            "thresholds": bands,
+            "bands": _bands(here, vouched, doubtful, bands, fitted.prevalence),
+        },
+    }
+
+
+def _bands(
+    here: _Lesions, vouched: Floats, doubtful: Any, bands: Mapping[str, Any], prevalence: float
+) -> dict[str, Any] | None:
+    """How many lesions each band holds; None where no band could be vouched for."""
+    named = band_of(vouched, bands)
+    if named is None:
+        return None
+    named = np.where(doubtful, CANNOT_JUDGE, named)
+    names = ["refer", "routine", *(["low"] if bands["low"]["reached"] else []), CANNOT_JUDGE]
+    result = {}
+    share = here.y.mean()
+    for name in names:
+        held = named == name
+        malignant = int((held & (here.y == 1)).sum())
+        # Benign lesions are thinned in most data sets, so the share is also given for the stated prevalence.
+        within = [float(held[here.y == kind].mean()) for kind in (0, 1)]
+        figure = rate(held, np.ones(len(held)), here.groups, malignant=malignant, fewest=0, **here.resampling)
+        result[name] = {
+            "lesions": int(held.sum()), "malignant": malignant, "share": figure.to_dict(),
+            "share_at_prevalence": within[0] * (1 - prevalence) + within[1] * prevalence,
+        }  # fmt: skip
+    assert 0 < share < 1
+    return result
+
+
+def _doubtful(table: pl.DataFrame) -> Any:
+    """Whether a picture can't be judged, bool [n]."""
+    if "doubts" not in table.columns:
+        return np.zeros(len(table), bool)
+    return (table["doubts"].list.len() > 0).to_numpy()
+
+
+def _checked(table: pl.DataFrame, what: str) -> pl.DataFrame:
     import polars as pl
 
-    if absent := [name for name in COLUMNS if name not in oof.columns]:
-        raise DataError(f"oof: no column {', '.join(absent)}; write it with `lesionflow train`")
-    table = oof.select(COLUMNS)
+    if absent := [name for name in COLUMNS if name not in table.columns]:
+        raise DataError(f"{what}: no column {', '.join(absent)}; write it with `lesionflow train`")
     for name in COLUMNS:
         if table[name].null_count():
-            raise DataError(f"oof: {name} is empty for {_first(table.filter(pl.col(name).is_null()))}; train again")
+            raise DataError(f"{what}: {name} is empty for {_first(table.filter(pl.col(name).is_null()))}; train again")
     if len(repeated := table.filter(table["isic_id"].is_duplicated())):
-        raise DataError(f"oof: more than one row for {_first(repeated)}; each lesion is held out once")
+        raise DataError(f"{what}: more than one row for {_first(repeated)}; each lesion is held out once")
     if len(odd := table.filter(~pl.col("logit").cast(pl.Float64).is_finite())):
-        raise DataError(f"oof: logit is NaN or infinite for {_first(odd)}; train again")
+        raise DataError(f"{what}: logit is NaN or infinite for {_first(odd)}; train again")
     if table["fold_hash"].n_unique() != 1:
-        raise DataError("oof: rows of different fold hashes; predictions of different splits can't be pooled")
+        raise DataError(f"{what}: rows of different fold hashes; predictions of different splits can't be pooled")
     split = table.group_by("patient_group").agg(pl.col("fold").n_unique().alias("folds")).filter(pl.col("folds") > 1)
     if len(split):
         example = str(split["patient_group"].sort()[0])
-        raise DataError(f"oof: {len(split)} patients lie in more than one fold (such as {example}); split again")
+        raise DataError(f"{what}: {len(split)} patients lie in more than one fold (such as {example}); split again")
     # A fixed order, so that the same predictions give the same file.
     return table.with_columns(pl.col("logit").cast(pl.Float64), pl.col("target").cast(pl.Int8)).sort("isic_id")
 

@@ -57,13 +57,15 @@ def _floor(metrics: Mapping[str, Any], floor: float) -> dict[str, Any]:
 
 
 def _sensitivity(metrics: Mapping[str, Any], floor: float) -> dict[str, Any]:
-    refer = metrics.get("thresholds", {}).get("refer")
+    served = metrics.get("served") or {}
+    refer = served.get("thresholds", {}).get("refer")
     if refer is None:
-        return _one("sensitivity_floor", None, floor, False, "sensitivity: metrics hold no refer threshold")
+        reason = served.get("reason") or "metrics hold no refer threshold"
+        return _one("sensitivity_floor", None, floor, False, f"sensitivity of what is served can't be shown: {reason}")
     low = refer["lower_bound"]
     passed = low >= floor
     relation = "is not under" if passed else "is under"
-    what = f"sensitivity {refer['sensitivity']:.3f} at the refer threshold"
+    what = f"sensitivity {refer['sensitivity']:.3f} of the served band refer"
     text = f"{what}: its lower bound {low:.3f} {relation} the floor {floor:.3f}"
     return _one("sensitivity_floor", low, floor, passed, text)
 

@@ -151,12 +151,18 @@ def top_k_retrieval(y: ArrayLike, s: ArrayLike, patients: Groups, k: int = TOP_K
 
     Ties are broken pessimistically: tied benign lesions take the places first, so the order of rows can't help.
     """
+    return float(retrieved(y, s, patients, k).mean())
+
+
+def retrieved(y: ArrayLike, s: ArrayLike, patients: Groups, k: int = TOP_K) -> NDArray[np.bool_]:
+    """Whether `top_k_retrieval` finds each malignant lesion, bool [P], in row order."""
     malignant, scores = checked(y, s)
     owner = codes(patients, len(scores))
     ranked = np.lexsort((malignant, -scores, owner))
     sorted_owner = owner[ranked]
-    place = np.arange(len(ranked)) - np.searchsorted(sorted_owner, sorted_owner, "left")
-    return float((malignant[ranked] & (place < k)).sum() / malignant.sum())
+    place = np.empty(len(ranked), np.int64)
+    place[ranked] = np.arange(len(ranked)) - np.searchsorted(sorted_owner, sorted_owner, "left")
+    return (place < k)[malignant]
 
 
 def fold_rank(scores: ArrayLike, folds: ArrayLike) -> Floats:

@@ -3,8 +3,9 @@
     python -m lesionflow.training.run RUN --folds 0,1
 
 RUN holds `recipe.toml`, `store/` and `folds.parquet`. Each fold leaves `fold-<k>/model-<m>/` with the
-final weights, and `fold-<k>/oof.parquet` with the scores of its held-out lesions. The schedule is
-fixed and the final moving average is scored: no epoch is picked on the fold that is scored.
+final weights, `fold-<k>/oof.parquet` with the scores of its held-out lesions, and, where the split sets
+lesions aside from every fold, `fold-<k>/holdout.parquet` with theirs. The schedule is fixed and the final
+moving average is scored: no epoch is picked on the fold that is scored.
 """
 
 from __future__ import annotations
@@ -107,32 +108,36 @@ class _Fold:
 
 
 def _train_fold(fold: _Fold) -> None:
-    """All models of one fold, then the mean of their logits on its held-out lesions."""
+    """All models of one fold, then the mean of their logits on its held-out lesions and on the hold-out."""
     members = range(fold.recipe.model.per_fold)
     identity = fold_identity(fold.key, fold.number)
     if _scored(fold.out / "oof.parquet") == identity:
         return
     spec, tta = preprocess_spec(fold.recipe), fold.recipe.training.tta
-    logits = np.zeros(len(fold.held_out))
+    rows = np.concatenate([fold.held_out, fold.folds.holdout_rows()])
+    logits = np.zeros(len(rows))
     for model in members:
         weights = _train_model(fold, model)
         if any_rank(fold.stop.asked):
             raise Preempted(f"fold {fold.number}: stopped after model {model} was saved; run again to go on")
         network = load_network(weights, fold.recipe).to(device())
-        logits += score(network, fold.store, fold.held_out, spec, tta)
+        logits += score(network, fold.store, rows, spec, tta)
     if rank() == 0:
         table = pl.DataFrame(
             {
-                "isic_id": [fold.store.ids[r] for r in fold.held_out],
-                "patient_group": [fold.store.groups[r] for r in fold.held_out],
-                "target": fold.store.targets[fold.held_out],
-                "fold": np.full(len(fold.held_out), fold.number, np.int8),
+                "isic_id": [fold.store.ids[r] for r in rows],
+                "patient_group": [fold.store.groups[r] for r in rows],
+                "target": fold.store.targets[rows],
+                "fold": fold.folds.fold[rows],
                 "logit": logits / len(members),
                 "fold_hash": fold.folds.hash,
             }
         )
-        with atomic(fold.out / "oof.parquet") as file:
-            table.write_parquet(file, metadata={"identity": identity})
+        own = len(fold.held_out)
+        # The second file says that the fold is done, so it is written last.
+        for name, part in (("holdout", table[own:]), ("oof", table[:own])):
+            with atomic(fold.out / f"{name}.parquet") as file:
+                part.write_parquet(file, metadata={"identity": identity})
     barrier()
 
 

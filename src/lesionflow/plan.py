@@ -1,0 +1,152 @@
+"""What a run is asked to do, and the keys under which its steps record what they did.
+
+    planned = begin(run, recipe, data)            # recipe.toml and run.json: every step's key, before the first
+    with step(run, "split", planned["split"], lambda: ["folds.parquet"]) as needed:
+        if needed: ...                            # recorded in steps/split.json once it is through
+
+Keys chain: a step's inputs are what the step before it makes, so its key covers all that came before.
+A step refuses to work on what an earlier recipe, or a refused gate, left in the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from lesionflow import __version__, keys
+from lesionflow.errors import DataError, UsageError
+from lesionflow.recipe import Recipe
+
+STEPS = ("prepare", "split", "train", "stack", "evaluate", "gate", "export", "deploy", "smoke")
+
+_DATA = ("data/schema.py", "data/table.py", "data/images.py", "data/source.py", "data/store.py")
+# The code whose change makes a step's earlier work stale, and the recipe's sections it reads.
+_ROOMS: dict[str, tuple[str, ...]] = {
+    "prepare": _DATA,
+    "split": ("data/folds.py",),
+    "train": ("data/images.py", "data/sampler.py", "data/augment.py", "data/datamodule.py", "models", "training"),
+    "stack": ("data/images.py", "serving/inputs.py", "steps.py"),
+    "evaluate": ("evaluation", "data/duplicates.py", "steps.py"),
+    "gate": ("evaluation", "steps.py"),
+    "export": ("export", "bundle.py", "serving", "data", "steps.py"),
+}
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    "prepare": (),
+    "split": ("folds",),
+    "train": ("seed", "image", "sampling", "augment", "model", "optimizer", "training"),
+    "stack": (),
+    "evaluate": ("evaluation",),
+    "gate": ("gate",),
+    "export": ("name", "description"),
+}
+
+
+def plan_keys(recipe: Recipe, fingerprint: str, incumbent: str = "") -> dict[str, str]:
+    """Every step's content key, known before the first one runs.
+
+    `fingerprint` is the data's (`fingerprint`), `incumbent` the hash of the bundle compared against.
+    """
+    values = recipe.to_dict()
+    keyed: dict[str, str] = {}
+    before = fingerprint
+    for step in STEPS[:-2]:
+        part = {name: values[name] for name in _SECTIONS[step]}
+        if step == "prepare":
+            part = {"skip_corrupt": recipe.image.skip_corrupt}
+        if step == "train" and (weights := Path(recipe.model.weights)).is_file():
+            part["weights"] = keys.file_hash(weights)
+        inputs = {"before": before, "incumbent": incumbent if step == "gate" else ""}
+        before = keyed[step] = keys.content_key(step, inputs, part, _ROOMS[step])
+    return keyed
+
+
+def fingerprint(data: Path) -> str:
+    """Hash of a data set directory's training files: their bytes, or names, sizes and times for image folders."""
+    from lesionflow.data.source import open_source
+
+    with open_source(data, "train") as source:
+        files = sorted(source.files)
+    large = len(files) > 64
+    return keys.digest(
+        {p.name: [p.stat().st_size, p.stat().st_mtime_ns] if large else keys.file_hash(p) for p in files}
+    )
+
+
+def _bundle_hash(bundle: Path) -> str:
+    from lesionflow.bundle import MANIFEST, Bundle
+
+    return keys.file_hash(Bundle.open(bundle).path / MANIFEST)
+
+
+@contextlib.contextmanager
+def step(run: Path, name: str, key: str, outputs: Callable[[], Sequence[str]]) -> Iterator[bool]:
+    """Yield whether the step has to run; afterwards, record what it wrote."""
+    before = STEPS[STEPS.index(name) - 1]
+    # Folds can be trained one by one, so the stack looks at their scores instead of the train step's record.
+    if name not in ("prepare", "stack"):
+        keys.require(run, before)
+    if keys.planned_keys(run)[name] != key:
+        # Its recipe.toml is another's too: what this step did now would be recorded as what it is not.
+        raise DataError(f"{run}: begun again meanwhile with another recipe, data or code; {name} is left to that")
+    if keys.is_done(run, name, key):
+        yield False
+        return
+    (run / "steps" / f"{name}.json").unlink(missing_ok=True)
+    started = time.monotonic()
+    yield True
+    keys.mark_done(run, name, key, outputs(), time.monotonic() - started)
+
+
+def begin(run: Path, recipe: Recipe, data: Path, *, incumbent: Path | None = None) -> dict[str, str]:
+    """Write `recipe.toml` and `run.json` and return the steps' keys.
+
+    Raises `DataError` for unreadable data, `UsageError` on a node of a distributed job: its nodes
+    would write over each other, so a run is begun, prepared and split before its job starts.
+    """
+    from lesionflow.training.launch import Nodes
+
+    if (nodes := Nodes.from_environment(os.environ).count) > 1:
+        raise UsageError(
+            f"this is one of {nodes} nodes: begin, prepare and split the run on one machine first "
+            "(the pipeline does), then start `lesionflow train --out RUN` on all of them"
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    found = fingerprint(data)
+    keyed = plan_keys(recipe, found, _bundle_hash(incumbent) if incumbent else "")
+    keys.write_text(run / "recipe.toml", recipe.to_toml())
+    keys.write_json(
+        run / "run.json",
+        {
+            "recipe": recipe.name,
+            "data": str(data.resolve()),
+            "lesionflow": __version__,
+            "fingerprint": found,
+            "versions": _versions(),
+            "keys": keyed,
+        },
+    )
+    return keyed
+
+
+def planned(run: Path, *, incumbent: Path | None = None) -> dict[str, str]:
+    """The keys of a run that was begun, as `begin` wrote them (the gate's may follow another incumbent)."""
+    if incumbent is None:
+        return keys.planned_keys(run)
+    begun = keys.read_json(run / "run.json")
+    keyed = plan_keys(Recipe.load(run / "recipe.toml"), begun["fingerprint"], _bundle_hash(incumbent))
+    keys.write_json(run / "run.json", {**begun, "keys": keyed})
+    return keyed
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    found = {"lesionflow": __version__, "python": sys.version.split()[0]}
+    for package in ("torch", "timm", "lightning", "numpy", "polars", "pillow", "simplejpeg", "onnxruntime"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

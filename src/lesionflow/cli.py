@@ -240,6 +240,35 @@ def score(
     print_score(result)
 
 
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Run directory, oof.parquet, holdout.parquet or submission.", metavar="A")],
+    b: Annotated[Path, typer.Argument(help="The same, on the same lesions.", metavar="B")],
+    truth: Annotated[Path | None, typer.Option(help="CSV with isic_id and target, where neither says it.")] = None,
+    of: Annotated[str, typer.Option(help="Of a run: oof (out of fold) or holdout (what is served).")] = "oof",
+    replicates: Annotated[int, typer.Option(min=0, help="Bootstrap replicates for the intervals; 0: none.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the replicates.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two models on the same lesions: difference, interval, power, and which is better.
+
+    Example: lesionflow compare runs/new runs/old --of holdout
+
+    Example: lesionflow compare mine.csv theirs.csv --truth train-metadata.csv --json
+    """
+    from lesionflow.evaluation.compare import compare_files, render
+
+    if of not in ("oof", "holdout"):
+        raise UsageError(f"--of {of}: oof or holdout")
+    result = compare_files(a, b, truth=truth, of=of, replicates=replicates, seed=seed)
+    if as_json:
+        print_json(result)
+        return
+    from rich.console import Console
+
+    Console().print(render(result))
+
+
 @app.command(context_settings={"token_normalize_func": lambda option: option.replace("_", "-")})
 def serve(
     bundle: BundleArgument,

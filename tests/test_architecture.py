@@ -18,7 +18,7 @@ LEVELS = (
     ("bundle",),
     ("models", "evaluation", "serving"),
     ("training", "export"),
-    ("plan", "steps"),
+    ("plan", "gather", "pack", "present", "steps"),
     ("cluster",),
     ("cli", "__main__"),
 )

@@ -16,10 +16,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lesionflow import __version__, keys
 from lesionflow.errors import DataError, UsageError
 from lesionflow.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lesionflow.data.folds import Folds
+    from lesionflow.data.store import Store
 
 STEPS = ("prepare", "split", "train", "stack", "evaluate", "gate", "export", "deploy", "smoke")
 
@@ -29,10 +34,10 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "prepare": _DATA,
     "split": ("data/folds.py",),
     "train": ("data/images.py", "data/sampler.py", "data/augment.py", "data/datamodule.py", "models", "training"),
-    "stack": ("data/images.py", "serving/inputs.py", "steps.py"),
+    "stack": ("data/images.py", "serving/inputs.py", "gather.py"),
     "evaluate": ("evaluation", "data/duplicates.py", "steps.py"),
-    "gate": ("evaluation", "steps.py"),
-    "export": ("export", "bundle.py", "serving", "data", "steps.py"),
+    "gate": ("evaluation", "present.py", "steps.py"),
+    "export": ("export", "bundle.py", "serving", "data", "pack.py"),
 }
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": (),
@@ -137,7 +142,7 @@ def planned(run: Path, *, incumbent: Path | None = None) -> dict[str, str]:
     if incumbent is None:
         return keys.planned_keys(run)
     begun = keys.read_json(run / "run.json")
-    keyed = plan_keys(Recipe.load(run / "recipe.toml"), begun["fingerprint"], _bundle_hash(incumbent))
+    keyed = plan_keys(recipe_of(run), begun["fingerprint"], _bundle_hash(incumbent))
     keys.write_json(run / "run.json", {**begun, "keys": keyed})
     return keyed
 
@@ -150,3 +155,18 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe that the run was begun with."""
+    return Recipe.load(run / "recipe.toml")
+
+
+def data_of(run: Path) -> tuple[Store, Folds]:
+    """The run's lesions and their split. Raises `DataError` if one was changed or they don't belong together."""
+    from lesionflow.data.folds import Folds
+    from lesionflow.data.store import Store
+
+    store, folds = Store.open(run / "store"), Folds.load(run / "folds.parquet")
+    folds.check(store)
+    return store, folds

@@ -9,7 +9,8 @@ Everything is found in, and written to, the run directory:
     recipe.toml  run.json  steps/<step>.json        what was asked, of which data, and what is done
     store/  folds.parquet                           the data and its split, with their hashes
     fold-<k>/  events/  metrics.csv                 weights, TensorBoard and curves
-    oof.parquet  metrics.json  gate.json            out-of-fold scores and what they are worth
+    oof.parquet  holdout.parquet                    scores of lesions whose patients the models never saw
+    metrics.json  gate.json                         what they are worth, and whether that is enough
     report.html  MODEL_CARD.md  bundle/             for people, and for the service
 """
 
@@ -23,14 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from lesionflow import keys
 from lesionflow.errors import DataError, GateRefused, UsageError
-from lesionflow.plan import STEPS, begin, planned, step
+from lesionflow.plan import STEPS, begin, data_of, planned, recipe_of, step
 from lesionflow.recipe import Recipe
 
 if TYPE_CHECKING:
-    import polars as pl
-
-    from lesionflow.data.folds import Folds
-    from lesionflow.data.store import Store
     from lesionflow.training.status import Progress
 
 __all__ = [
@@ -38,24 +35,12 @@ __all__ = [
     "smoke", "split", "stack", "train", "undeploy",
 ]  # fmt: skip
 
-PARITY_LESIONS = 64
-"""Stored lesions, drawn at random, on which the exported graph must agree with torch before a bundle is written."""
-DECISIVE_LESIONS = 128
-"""At most so many malignant lesions of the hold-out, on which it must also agree with what was evaluated."""
-REFERENCE_LESIONS = 8
-"""Synthetic lesions whose answers travel in the bundle."""
-DESCRIBED = (
-    "patient_id", "sex", "age_approx", "anatom_site_general", "attribution", "copyright_license", "tbp_tile_type",
-    "clin_size_long_diam_mm", "tbp_lv_Lext", "tbp_lv_Bext",
-)  # fmt: skip
-"""Columns that go with the scores where the data has them: what subgroups and credits are made of."""
-
 
 def prepare(run: Path, data: Path, key: str, *, progress: bool = False) -> Path:
     """Data set directory -> `store/`. Raises `DataError` naming what can't be used."""
     from lesionflow.data import store
 
-    recipe = _recipe(run)
+    recipe = recipe_of(run)
     with step(run, "prepare", key, lambda: ["store"]) as needed:
         if needed:
             store.prepare(data, run / "store", skip_corrupt=recipe.image.skip_corrupt, progress=progress)
@@ -66,7 +51,7 @@ def split(run: Path, key: str) -> Path:
     """`store/` -> `folds.parquet`, written once; a second run reuses it, a changed file is refused."""
     from lesionflow.data.folds import Folds, write_folds
 
-    path, options = run / "folds.parquet", _recipe(run).folds
+    path, options = run / "folds.parquet", recipe_of(run).folds
     record = keys.read_record(run, "split")
     if path.exists():
         Folds.load(path)  # Refuses a file whose assignments don't have the hash they were written with ...
@@ -124,15 +109,12 @@ def stack(run: Path, key: str, *, progress: bool = False) -> Path:
     Where the split set lesions aside from every fold, `holdout.parquet` has them with the mean of all folds'
     logits, which is what is served, and `inputs.json` says what pictures the model was tried on.
     """
-    out = run / "oof.parquet"
+    from lesionflow.gather import TABLES, gather
 
-    def outputs() -> list[str]:
-        return [name for name in ("oof.parquet", "holdout.parquet", "inputs.json") if (run / name).exists()]
-
-    with step(run, "stack", key, outputs) as needed:
+    with step(run, "stack", key, lambda: [name for name in TABLES if (run / name).exists()]) as needed:
         if needed:
-            _stack(run, progress)
-    return out
+            gather(run, progress=progress)
+    return run / "oof.parquet"
 
 
 def evaluate(run: Path, key: str, *, progress: bool = False) -> dict[str, Any]:
@@ -152,15 +134,16 @@ def gate(run: Path, key: str, *, incumbent: Path | None = None) -> dict[str, Any
     Raises `GateRefused` with the reasons when the model isn't good enough; the report is written all
     the same. With an `incumbent` run's `oof.parquet` beside its bundle the paired difference counts too.
     """
+    from lesionflow import present
     from lesionflow.evaluation import gate as gates
 
-    recipe = _recipe(run)
+    recipe = recipe_of(run)
     with step(run, "gate", key, lambda: ["gate.json", "report.html", "MODEL_CARD.md"]) as needed:
         if needed:
-            paired = _paired(run, incumbent) if incumbent else None
+            paired = present.paired(run, incumbent) if incumbent else None
             result = gates.check(keys.read_json(run / "metrics.json"), recipe.gate, paired=paired)
             keys.write_json(run / "gate.json", result)
-            _report(run, result)
+            present.report(run, result)
             if not result["passed"]:
                 raise GateRefused("the gate refuses this model: " + "; ".join(result["reasons"]))
     return keys.read_json(run / "gate.json")
@@ -168,9 +151,11 @@ def gate(run: Path, key: str, *, incumbent: Path | None = None) -> dict[str, Any
 
 def export(run: Path, key: str) -> Path:
     """Weights -> `bundle/`, only if the exported graph agrees with torch on stored lesions (else `GateRefused`)."""
+    from lesionflow.pack import pack
+
     with step(run, "export", key, lambda: ["bundle"]) as needed:
         if needed:
-            _export(run)
+            pack(run)
     return run / "bundle"
 
 
@@ -277,8 +262,8 @@ def run_all(
         tell(f"left out {len(skipped)} lesions without a usable image: {first} (all in {run}/store/store.json)")
     split(run, stage("split"))
     train(run, stage("train"), processes=processes, jobs=jobs, show=show)
-    stack(run, stage("stack"))
-    evaluate(run, stage("evaluate"))
+    stack(run, stage("stack"), progress=progress)
+    evaluate(run, stage("evaluate"), progress=progress)
     gate(run, stage("gate"), incumbent=incumbent)
     export(run, stage("export"))
     stage("deploy")
@@ -294,80 +279,13 @@ def run_all(
     return answered
 
 
-def _stack(run: Path, progress: bool) -> None:
-    import polars as pl
-
-    store, folds = _open(run)
-    parts = {name: [_scores(run, folds, k, name) for k in range(folds.count)] for name in ("oof", "holdout")}
-    for k, part in enumerate(parts["oof"]):
-        if (part["fold"] != k).any():
-            raise DataError(f"{run}/fold-{k}/oof.parquet: scores of another fold; delete the folder and train again")
-    _write_scores(run / "oof.parquet", pl.concat(parts["oof"]), store, len(store) - len(folds.holdout_rows()))
-    if not folds.holdout:
-        for name in ("holdout.parquet", "inputs.json"):
-            (run / name).unlink(missing_ok=True)
-        return
-    # What is served is the mean of the folds' models, and none of them has seen these patients.
-    logit = pl.col("logit")
-    served = pl.concat(parts["holdout"]).group_by("isic_id").agg(fold_logits=logit, logit=logit.mean())
-    table = _judged(run, parts["holdout"][0].drop("logit").join(served, on="isic_id"), store, progress)
-    _write_scores(run / "holdout.parquet", table, store, len(folds.holdout_rows()))
-
-
-def _scores(run: Path, folds: Folds, k: int, name: str) -> pl.DataFrame:
-    """The scores that fold k's training wrote, if they are of this very recipe, data and split."""
-    import polars as pl
-
-    path = run / f"fold-{k}" / f"{name}.parquet"
-    if not path.exists():
-        raise DataError(f"{path}: fold {k} has no scores; train it first (`lesionflow train --fold {k}`)")
-    part = pl.read_parquet(path)
-    if pl.read_parquet_metadata(path).get("identity") != keys.fold_identity(keys.planned_keys(run)["train"], k):
-        raise DataError(f"{path}: scores of another recipe, data set or code; train fold {k} again")
-    if set(part["fold_hash"]) - {folds.hash}:
-        raise DataError(f"{path}: scores of another split; delete {path.parent} and train fold {k} again")
-    return part
-
-
-def _judged(run: Path, table: pl.DataFrame, store: Store, progress: bool) -> pl.DataFrame:
-    """The table with `doubts`, why a picture can't be judged; writes what that is held against to `inputs.json`."""
-    import numpy as np
-    import polars as pl
-
-    from lesionflow.data.images import to_pixels
-    from lesionflow.models.image import preprocess_spec
-    from lesionflow.progress import track
-    from lesionflow.serving.inputs import reference, statistics, unusual
-
-    spec, place = preprocess_spec(_recipe(run)), {name: row for row, name in enumerate(store.ids)}
-    found = [
-        statistics(to_pixels(store.jpeg(place[name]), spec)[None])
-        for name in track(table["isic_id"], "pictures", total=len(table), show=progress)
-    ]
-    stats = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
-    fold_logits = np.array(table["fold_logits"].to_list())
-    known = reference(stats, fold_logits)
-    keys.write_json(run / "inputs.json", known)
-    return table.with_columns(doubts=pl.Series(unusual(stats, fold_logits, known), dtype=pl.List(pl.String)))
-
-
-def _write_scores(out: Path, table: pl.DataFrame, store: Store, expected: int) -> None:
-    """Scores with what subgroups are made of, one row per lesion, in the order of their ids."""
-    extra = [name for name in DESCRIBED if name in store.table.columns]
-    table = table.join(store.table.select("isic_id", *extra), on="isic_id", how="left").sort("isic_id")
-    if len(table) != expected or table["isic_id"].n_unique() != expected:
-        raise DataError(f"{out}: {len(table)} scores for {expected} lesions; train every fold again")
-    with keys.atomic(out) as file:
-        table.write_parquet(file)
-
-
 def _evaluate(run: Path, progress: bool) -> None:
     import polars as pl
 
     from lesionflow.evaluation import leaks
     from lesionflow.evaluation.evaluate import evaluate as figures
 
-    recipe, (store, folds) = _recipe(run), _open(run)
+    recipe, (store, folds) = recipe_of(run), data_of(run)
     oof = pl.read_parquet(run / "oof.parquet")
     holdout = pl.read_parquet(run / "holdout.parquet") if folds.holdout else None
     leaks.check_oof(oof, folds)
@@ -386,153 +304,6 @@ def _evaluate(run: Path, progress: bool) -> None:
     keys.write_json(run / "metrics.json", metrics)
 
 
-def _export(run: Path) -> None:
-    import numpy as np
-
-    from lesionflow.data.datamodule import pixels
-    from lesionflow.export.onnx import export_bundle
-    from lesionflow.models.image import Members, preprocess_spec
-    from lesionflow.training.scoring import fold_weights, load_network
-
-    recipe, (store, folds) = _recipe(run), _open(run)
-    metrics = keys.read_json(run / "metrics.json")
-    models = [
-        Members([load_network(path, recipe) for path in paths]) for paths in fold_weights(run, recipe, folds.count)
-    ]
-    spec = preprocess_spec(recipe)
-    served, thresholds = _decisive(run, store), _thresholds(metrics["served"], recipe.gate.parity)
-    drawn = np.random.default_rng(0).choice(len(store), min(PARITY_LESIONS, len(store)), replace=False)
-    rows = [*served, *(row for row in drawn.tolist() if row not in served)]
-    info = {
-        "name": recipe.name,
-        "metrics": metrics,
-        "calibration": metrics["probability"],
-        "thresholds": thresholds,
-        "inputs": keys.read_json(run / "inputs.json") if folds.holdout else {},
-        "recipe": recipe.to_dict(),
-        "data_hash": store.hash,
-        "fold_hash": folds.hash,
-        "data_licence": _licences(store),
-        "synthetic": store.info["synthetic"],
-    }
-    export_bundle(
-        models,
-        run / "bundle",
-        spec=spec,
-        info=info,
-        parity_images=np.stack([pixels(store, int(row), spec) for row in rows]),
-        tolerance=recipe.gate.parity,
-        # evaluated=np.array(list(served.values())),
-        reference=_reference_lesions(),
-        card=(run / "MODEL_CARD.md").read_text(),
-        tta=recipe.training.tta,
-    )
-
-
-def _thresholds(served: dict[str, Any], tolerance: float) -> dict[str, Any]:
-    """The bands that could be vouched for, lowered by what the exported graph may differ: none is lost to rounding."""
-    bands = served.get("thresholds", {})
-    return {
-        name: one | {"logit": one["logit"] - tolerance}
-        for name, one in bands.items()
-        if one["reached"] and bands["refer"]["reached"]
-    }
-
-
-def _decisive(run: Path, store: Store) -> dict[int, float]:
-    """Store row -> served logit of the hold-out's malignant lesions: on these the thresholds and their bounds rest."""
-    import polars as pl
-
-    if not (run / "holdout.parquet").exists():
-        return {}
-    place = {name: row for row, name in enumerate(store.ids)}
-    table = pl.read_parquet(run / "holdout.parquet").filter(pl.col("target") == 1).sort("isic_id").head(DECISIVE_LESIONS)
-    return {place[name]: logit for name, logit in table.select("isic_id", "logit").iter_rows()}
-
-
-def _report(run: Path, gate_result: dict[str, Any]) -> None:
-    import polars as pl
-
-    from lesionflow.evaluation.report import write_card, write_report
-
-    recipe, (store, folds) = _recipe(run), _open(run)
-    curves = (run / "metrics.csv").read_text()
-    context = {
-        "recipe": recipe.to_dict(),
-        "recipe_toml": recipe.to_toml(),
-        "data_hash": store.hash,
-        "fold_hash": folds.hash,
-        "data": store.info,
-        "synthetic": store.info["synthetic"],
-        "data_licence": _licences(store),
-        "versions": keys.read_json(run / "run.json")["versions"],
-        "gate": gate_result,
-        "curves": pl.read_csv(run / "metrics.csv", infer_schema_length=None).to_dicts() if curves else [],
-    }
-    metrics = keys.read_json(run / "metrics.json")
-    write_report(run / "report.html", metrics, pl.read_parquet(run / "oof.parquet"), context)
-    write_card(run / "MODEL_CARD.md", metrics, context)
-
-
-def _paired(run: Path, incumbent: Path) -> dict[str, Any]:
-    """The paired difference to the run that the incumbent bundle came from, on the lesions both scored."""
-    import polars as pl
-
-    from lesionflow.evaluation.metrics import fold_rank
-    from lesionflow.evaluation.paired import paired_difference
-
-    other = incumbent.parent / "oof.parquet"
-    if not other.exists():
-        raise UsageError(f"--incumbent {incumbent}: no oof.parquet beside the bundle to compare with; give RUN/bundle")
-    both = pl.read_parquet(run / "oof.parquet").join(pl.read_parquet(other), on="isic_id", suffix="_b")
-    if len(both) == 0:
-        raise DataError(f"{other}: shares no lesion with this run, so there is nothing to compare")
-    if set(both["fold_hash"]) != set(both["fold_hash_b"]):
-        raise DataError(f"{other}: another split than this run's; a paired comparison needs the same folds")
-    fold, options = both["fold"].to_numpy(), _recipe(run).evaluation
-    ours, theirs = (fold_rank(both[column].to_numpy(), fold) for column in ("logit", "logit_b"))
-    return paired_difference(
-        both["target"].to_numpy(), ours, theirs, both["patient_group"].to_list(),
-        replicates=options.replicates, seed=options.seed,
-    )  # fmt: skip
-
-
-def _reference_lesions() -> list[tuple[str, bytes]]:
-    """Synthetic lesions for the bundle: never a patient's."""
-    import tempfile
-
-    from lesionflow.data.source import open_source
-    from lesionflow.data.synthetic import synthesize
-
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "reference"
-        synthesize(made, patients=4, lesions=REFERENCE_LESIONS, seed=7, prevalence=0.25, workers=1, progress=False)
-        with open_source(made) as source:
-            return [(f"{name}.jpg", data) for name, data in source.images(source.ids)]
-
-
-def _licences(store: Store) -> str:
-    if store.info["synthetic"]:
-        return "synthetic, made by lesionflow: no licence applies"
-    if "copyright_license" not in store.table.columns:
-        return "unknown: the metadata has no copyright_license column"
-    counts = store.table["copyright_license"].drop_nulls().value_counts(sort=True)
-    return ", ".join(f"{name} ({count:,} lesions)" for name, count in counts.iter_rows()) or "unknown"
-
-
 def _fold_files(run: Path) -> list[str]:
-    models = [f"model-{number}/weights.safetensors" for number in range(_recipe(run).model.per_fold)]
+    models = [f"model-{number}/weights.safetensors" for number in range(recipe_of(run).model.per_fold)]
     return ["oof.parquet", *models]
-
-
-def _open(run: Path) -> tuple[Store, Folds]:
-    from lesionflow.data.folds import Folds
-    from lesionflow.data.store import Store
-
-    store, folds = Store.open(run / "store"), Folds.load(run / "folds.parquet")
-    folds.check(store)
-    return store, folds
-
-
-def _recipe(run: Path) -> Recipe:
-    return Recipe.load(run / "recipe.toml")

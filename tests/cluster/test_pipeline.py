@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lesionflow import steps
+from lesionflow import pack, steps
 from lesionflow.errors import GateRefused
 from lesionflow.recipe import Recipe
 
@@ -23,7 +23,7 @@ def piped(tmp_path_factory: pytest.TempPathFactory, synthetic: Path, tiny_recipe
 
 def test_the_local_pipeline_ends_with_a_served_model_that_answered(piped: Path) -> None:
     smoke = json.loads((piped / "smoke.json").read_text())
-    assert smoke["lesions"] == steps.REFERENCE_LESIONS
+    assert smoke["lesions"] == pack.REFERENCE_LESIONS
     assert smoke["max_abs"] < 1e-4
     assert not (piped / "deploy.json").exists(), "and leaves no service behind"
     for step in steps.STEPS[:-2]:

@@ -10,7 +10,7 @@ from scipy.stats import beta
 from sklearn.metrics import roc_auc_score
 
 from lesionflow.errors import DataError, UsageError
-from lesionflow.evaluation import intervals, metrics, resample
+from lesionflow.evaluation import intervals, metrics, resample, thresholds
 
 
 def cohort(seed, malignant=60, patients=50, benign=1500, effect=0.5, separation=2.2, alone=False):
@@ -172,62 +172,6 @@ def test_the_mean_of_folds_has_an_interval_narrower_than_one_fold():
     assert mean.low < value < mean.high
     assert mean.high - mean.low < one.high - one.low
     assert (mean.clusters, mean.malignant) == (100, 150)
-
-
-def test_the_sensitivity_bound_is_clopper_and_pearson_s_without_clusters():
-    y, s = np.r_[np.ones(60, int), np.zeros(10, int)], np.r_[np.arange(60), np.zeros(10)]
-    ours = intervals.sensitivity_lower_bound(y, s, np.arange(70), 6)
-    # Korn and Graubard's effective size is within 1/60 of 60 here, through the n - 1 of the variance.
-    assert ours == pytest.approx(beta.ppf(0.05, 54, 7), abs=2e-3)
-    assert intervals.sensitivity_lower_bound(y, s, np.arange(70), 0) == pytest.approx(0.05 ** (1 / 60))
-    assert intervals.sensitivity_lower_bound(y, s, np.arange(70), 99) == 0
-
-
-def test_clustered_misses_lower_the_sensitivity_bound():
-    y = np.r_[np.ones(100, int), np.zeros(10, int)]
-    found = np.r_[np.repeat(np.arange(20) > 2, 5), np.zeros(10)].astype(float)
-    patient = np.r_[np.repeat(np.arange(20), 5), np.arange(100, 110)]
-    clustered = intervals.sensitivity_lower_bound(y, found, patient, 0.5)
-    alone = intervals.sensitivity_lower_bound(y, found, np.arange(110), 0.5)
-    assert clustered < alone - 0.05
-    assert clustered == pytest.approx(beta.ppf(0.05, 17, 4), abs=0.01)
-
-
-def test_the_threshold_is_the_highest_that_can_be_vouched_for():
-    y, s, g = cohort(14, malignant=120, patients=80)
-    chosen = intervals.choose_threshold(y, s, g, 0.85)
-    assert chosen.reached
-    assert chosen.lower_bound >= 0.85
-    assert chosen.sensitivity == np.mean(s[y == 1] >= chosen.value)
-    assert chosen.specificity == np.mean(s[y == 0] < chosen.value)
-    higher = np.unique(s[y == 1])
-    higher = higher[higher > chosen.value]
-    assert all(intervals.sensitivity_lower_bound(y, s, g, t) < 0.85 for t in higher)
-
-
-def test_the_true_sensitivity_is_above_the_bound_nineteen_times_in_twenty():
-    misses = 0
-    for seed in range(300):
-        y, s, g = cohort(seed, malignant=80, benign=20, alone=True, effect=0)
-        value = intervals.choose_threshold(y, s, g, 0.8).value
-        misses += 0.5 * (1 - np.vectorize(erf)((value - 2.2) / 2**0.5)) < 0.8
-    assert misses / 300 < 0.085
-
-
-def erf(x):
-    from math import erf
-
-    return erf(x)
-
-
-def test_too_few_malignant_patients_reach_no_threshold_and_say_how_many_it_takes():
-    y, s, g = cohort(15, malignant=20, alone=True)
-    chosen = intervals.choose_threshold(y, s, g, 0.9)
-    assert not chosen.reached
-    assert chosen.value == s[y == 1].min()
-    assert "takes at least 29" in chosen.reason
-    with pytest.raises(UsageError, match="sensitivity must be between 0 and 1"):
-        intervals.choose_threshold(y, s, g, 1.0)
 
 
 def test_one_class_is_refused_before_anything_is_drawn():

@@ -1,4 +1,4 @@
-"""How far a figure can be trusted: patient-clustered bootstrap intervals, and bounds on sensitivity.
+"""How far a figure can be trusted: patient-clustered bootstrap intervals.
 
 The interval of a partial area is a *bootstrap-t on the logit scale*: each replicate draws patients with
 replacement, and its distance from the figure is measured in its own standard error (infinitesimal jackknife)
@@ -21,18 +21,6 @@ from numpy.typing import ArrayLike
 
 from lesionflow.evaluation.metrics import MIN_TPR, Floats, Groups
 from lesionflow.evaluation.resample import Measure, Patients, partial_area
-from lesionflow.evaluation.thresholds import Threshold, choose_threshold, sensitivity_lower_bound
-
-__all__ = [
-    "Figure",
-    "Interval",
-    "Threshold",
-    "bootstrap_areas",
-    "bootstrap_mean_of_folds",
-    "bootstrap_pauc",
-    "choose_threshold",
-    "sensitivity_lower_bound",
-]
 
 FEWEST_MALIGNANT = 20
 """Below this no interval is worth printing."""

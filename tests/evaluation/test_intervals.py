@@ -6,11 +6,10 @@ import time
 
 import numpy as np
 import pytest
-from scipy.stats import beta
 from sklearn.metrics import roc_auc_score
 
-from lesionflow.errors import DataError, UsageError
-from lesionflow.evaluation import intervals, metrics, resample, thresholds
+from lesionflow.errors import DataError
+from lesionflow.evaluation import intervals, metrics, resample
 
 
 def cohort(seed, malignant=60, patients=50, benign=1500, effect=0.5, separation=2.2, alone=False):

@@ -1,22 +1,26 @@
-"""A score above which a lesion is referred, chosen for a sensitivity that can be vouched for.
+"""Scores above which a lesion is referred, chosen for a sensitivity that can be vouched for.
 
 The bound is one-sided, 95 %: Clopper and Pearson's with the sample size that the patients' clustering leaves
 (Korn and Graubard's method). A patient's lesions are found or missed together, so twenty of one patient say
 less than one each of twenty. Without clustering, choosing the threshold on the same lesions costs nothing: the
 bound is then the exact distribution of the true sensitivity at an order statistic of the malignant scores.
+
+Two thresholds make three bands: `refer` at or above the one that vouches for the wanted sensitivity, `low` under
+the one that vouches for a higher one, `routine` between.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import lgamma
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lesionflow.errors import UsageError
+from lesionflow.errors import DataError, UsageError
 from lesionflow.evaluation.metrics import Floats, Groups, Ints, checked, codes
+from lesionflow.evaluation.rates import beta_quantile, effective_size
 
 METHOD = "one-sided Clopper-Pearson, effective sample size by patient"
 
@@ -58,66 +62,126 @@ def sensitivity_lower_bound(
 
 
 def choose_threshold(
-    y: ArrayLike, s: ArrayLike, groups: Groups, sensitivity: float, *, level: float = 0.95
+    y: ArrayLike,
+    s: ArrayLike,
+    groups: Groups,
+    sensitivity: float,
+    *,
+    level: float = 0.95,
+    judged: ArrayLike | None = None,
 ) -> Threshold:
     """The highest malignant score at which the sensitivity's lower bound reaches `sensitivity`.
 
-    With too few malignant lesions no threshold does: the lowest malignant score is returned, `reached` false.
+    y [n] 0/1, s [n], groups [n]: patient of each lesion. `judged` bool [n]: whether the model gave an answer at
+    all; a lesion without one is neither found nor referred, whatever its score. With too few malignant lesions no
+    threshold reaches: the lowest malignant score is returned, `reached` false.
     """
     if not 0 < sensitivity < 1:
         raise UsageError(f"sensitivity must be between 0 and 1, got {sensitivity}")
     malignant, scores = checked(y, s)
-    ours, owner = scores[malignant], codes(groups, len(scores))[malignant]
-    value, bound = float(ours.min()), 0.0
-    for value in np.unique(ours)[::-1].tolist():
+    answered = _answered(judged, len(scores))
+    owner = codes(groups, len(scores))[malignant]
+    # What was not judged lies below every threshold.
+    ours = np.where(answered, scores, -np.inf)[malignant]
+    candidates = np.unique(ours[np.isfinite(ours)])
+    if not len(candidates):
+        raise DataError("judged: no malignant lesion was, so no threshold finds any; look at what makes them unusual")
+    value, bound = float(candidates[0]), 0.0
+    for value in candidates[::-1].tolist():
         # The bound never exceeds the sensitivity itself, so most candidates need no more than this.
         if np.mean(ours >= value) > sensitivity and (bound := _bound(ours >= value, owner, level)) >= sensitivity:
             break
     reached, clusters = bound >= sensitivity, len(np.unique(owner))
+    if not reached:
+        bound = _bound(ours >= value, owner, level)
     return Threshold(
         value=value,
         target=sensitivity,
         reached=reached,
         sensitivity=float(np.mean(ours >= value)),
         lower_bound=bound,
-        specificity=float(np.mean(scores[~malignant] < value)),
-        referred=float(np.mean(scores >= value)),
+        specificity=1 - float(np.mean((answered & (scores >= value))[~malignant])),
+        referred=float(np.mean(answered & (scores >= value))),
         level=level,
         method=METHOD,
         malignant=len(ours),
         malignant_clusters=clusters,
-        reason=None if reached else _why(bound, sensitivity, clusters, level),
+        reason=None if reached else _why(bound, float(np.mean(ours >= value)), sensitivity, clusters, level),
     )
 
 
-def _why(bound: float, sensitivity: float, clusters: int, level: float) -> str:
+def choose_bands(
+    y: ArrayLike,
+    logit: ArrayLike,
+    groups: Groups,
+    *,
+    sensitivity: float = 0.9,
+    low_sensitivity: float = 0.95,
+    prevalence: float = 0.0,
+    level: float = 0.95,
+    judged: ArrayLike | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The thresholds `refer` and `low` of the three bands, as dicts.
+
+    A lesion is referred from `refer`.logit up, and called low under `low`.logit, which is never above it. Each has
+    logit, target, reached, sensitivity, lower_bound, specificity, referred (share of lesions at or above it, at the
+    stated `prevalence`; 0: as in the data), level, method, malignant, malignant_clusters, reason. Arguments as in
+    `choose_threshold`.
+    """
+    if low_sensitivity < sensitivity:
+        raise UsageError(
+            f"low_sensitivity ({low_sensitivity:g}) is under sensitivity ({sensitivity:g}); lesions called low must "
+            "miss fewer cancers than those not referred, so raise it"
+        )
+    share = prevalence or float(np.mean(np.asarray(y, np.float64)))
+    found = {}
+    for name, target in (("refer", sensitivity), ("low", low_sensitivity)):
+        one = choose_threshold(y, logit, groups, target, level=level, judged=judged).to_dict()
+        referred = share * one["sensitivity"] + (1 - share) * (1 - one["specificity"])
+        found[name] = {"logit": one.pop("value"), **one, "referred": referred}
+    return found
+
+
+def band_of(logit: ArrayLike, bands: Mapping[str, Mapping[str, Any]]) -> NDArray[np.str_] | None:
+    """`refer`, `routine` or `low` for each logit [n] by `choose_bands`' result; None if `refer` was not reached.
+
+    Where only `low` was not reached, every lesion that isn't referred is `routine`.
+    """
+    refer, low = bands["refer"], bands["low"]
+    if not refer["reached"]:
+        return None
+    scores = np.asarray(logit, np.float64)
+    below = np.where(scores < low["logit"], "low", "routine") if low["reached"] else "routine"
+    return np.where(scores >= refer["logit"], "refer", below)
+
+
+def _answered(judged: ArrayLike | None, count: int) -> NDArray[np.bool_]:
+    if judged is None:
+        return np.ones(count, bool)
+    answered = np.asarray(judged, bool)
+    if answered.shape != (count,):
+        raise DataError(f"judged: {answered.size} values for {count} lesions; they must match row by row")
+    return answered
+
+
+def _why(bound: float, share: float, sensitivity: float, clusters: int, level: float) -> str:
     needed = int(np.ceil(np.log(1 - level) / np.log(sensitivity)))
+    found = "every malignant lesion" if share == 1 else f"{share:.1%} of the malignant lesions"
     return (
-        f"finding every malignant lesion of {clusters} patients vouches for a sensitivity of {bound:.3f} at most; "
-        f"{sensitivity:g} takes at least {needed}"
+        f"finding {found} of {clusters} patients vouches for a sensitivity of {bound:.3f} at most; "
+        f"{sensitivity:g} takes at least {needed} patients with a malignant lesion"
     )
 
 
 def _bound(found: NDArray[np.bool_], owner: Ints, level: float) -> float:
-    """Lower bound of the mean of `found` [P], whose clusters are `owner` [P]."""
+    """Lower bound of the mean of `found` [P], whose clusters are `owner` [P], any whole numbers."""
     share = float(found.mean())
-    _, cluster, size = np.unique(owner, return_inverse=True, return_counts=True)
-    count = len(size)
+    _, cluster = np.unique(owner, return_inverse=True)
+    clusters = int(cluster.max()) + 1
     if share == 1.0:
-        return float((1 - level) ** (1 / count))
-    if share == 0.0 or count < 2:
+        return float((1 - level) ** (1 / clusters))
+    if share == 0.0 or clusters < 2:
         return 0.0
-    surplus = np.bincount(cluster, found - share)
-    variance = float((surplus**2).sum()) / len(found) ** 2 * count / (count - 1)
-    effective = min(len(found), share * (1 - share) / variance) if variance > 0 else len(found)
-    return _beta_quantile(share * effective, (1 - share) * effective + 1, 1 - level)
-
-
-def _beta_quantile(a: float, b: float, probability: float) -> float:
-    """The quantile of the Beta(a, b) distribution, b >= 1, to about 1e-6; 0 for a < 1, where it is tiny."""
-    if a < 1:
-        return 0.0
-    x: Floats = np.linspace(0.0, 1.0, 20_001)[1:-1]
-    density = np.exp((a - 1) * np.log(x) + (b - 1) * np.log1p(-x) + lgamma(a + b) - lgamma(a) - lgamma(b))
-    cumulative = np.cumsum((density + np.concatenate([[0.0], density[:-1]])) / 2)
-    return float(np.interp(probability, cumulative / cumulative[-1], x))
+    hit: Floats = found.astype(np.float64)
+    size = effective_size(hit, cluster.astype(np.int64))
+    return beta_quantile(share * size, (1 - share) * size + 1, 1 - level)

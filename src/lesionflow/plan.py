@@ -34,7 +34,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "prepare": _DATA,
     "split": ("data/folds.py",),
     "train": ("data/images.py", "data/sampler.py", "data/augment.py", "data/datamodule.py", "models", "training"),
-    "stack": ("data/images.py", "serving/inputs.py", "gather.py"),
+    "stack": ("data/images.py", "gather.py"),
     "evaluate": ("evaluation", "data/duplicates.py", "steps.py"),
     "gate": ("evaluation", "present.py", "steps.py"),
     "export": ("export", "bundle.py", "serving", "data", "pack.py"),

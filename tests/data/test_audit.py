@@ -527,6 +527,16 @@ def test_one_picture_in_two_folds_is_an_error(data, folds):
     assert the(audit(data.path, folds=folds()), "near_duplicate_across_folds").severity == "error"
 
 
+def test_one_picture_with_two_labels_is_listed_as_a_leak_too(data, folds):
+    other = next(r for r in range(11, LESIONS) if _fold(data, r) != _fold(data, 10) and r % 10)
+    data.image(other, data.images()[data.id(10)])  # Row 10 is malignant.
+    held_out = folds(
+        lambda t: t.with_columns(fold=pl.when(pl.col("fold") == _fold(data, 10)).then(-1).otherwise("fold"))
+    )
+    finding = the(audit(data.path, folds=held_out), "same_bytes_across_folds", also=("same_bytes_two_labels",))
+    assert set(finding.examples[0].split(" = ")) == {data.id(10), data.id(other)}
+
+
 def _fold(data, row):
     return int(data.table()["patient_id"][row][3:]) % 5
 

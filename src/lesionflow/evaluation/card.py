@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lesionflow.evaluation import checklists
+from lesionflow.evaluation.report_clinical import CALIBRATION
+from lesionflow.evaluation.wording import LABELS, number, plain, reason, span
 from lesionflow.keys import write_text
 
 
@@ -16,7 +19,7 @@ def write_card(path: Path, metrics: Mapping[str, Any], context: Mapping[str, Any
 
 def card(metrics: Mapping[str, Any], context: Mapping[str, Any]) -> str:
     """The card as Markdown."""
-    recipe, groups, counts = context.get("recipe") or {}, metrics["groups"], metrics["counts"]
+    recipe, counts = context.get("recipe") or {}, metrics["counts"]
     image, model = recipe.get("image") or {}, recipe.get("model") or {}
     networks = counts["folds"] * model.get("per_fold", 1)
     what = f"An ensemble of {networks} {model.get('backbone', 'image')} networks from {counts['folds']} folds"
@@ -30,22 +33,19 @@ Not a medical device.
 {synthetic if context.get("synthetic") else ""}
 ## Intended use
 
-Ranks the skin lesions of one 3D total-body photograph by suspicion of malignancy, so that a person looks at the
-likeliest first. For research, and for building and testing software. It does not diagnose, and it must not decide
-whether a lesion is examined.
+Ranks the skin lesions of one 3D total-body photograph by suspicion of malignancy, so that a person who can judge skin
+lesions looks at the likeliest first. For research, and for building and testing software. It does not diagnose, and it
+must not decide whether a lesion is examined.
 
 ## The model
 
 {what}{size}; their logits are averaged.
-Output: one logit per lesion; higher is more suspicious. Probabilities are not calibrated.
+It sees pixels only, no metadata.
+Output: one logit per lesion; higher is more suspicious. {_probability(metrics)}
 
 ## Data
 
-- {counts["lesions"]:,} lesions, {counts["malignant"]:,} malignant; {groups["patients"]:,} known patients
-- {counts["folds"]} folds, no patient on both sides
-- {groups["note"]}
-- Licence: {context.get("data_licence") or "unknown"}
-- Data hash `{context.get("data_hash") or "unknown"}`, fold hash `{context.get("fold_hash") or metrics["fold_hash"]}`
+{_data(metrics, context)}
 
 ## Figures
 
@@ -57,21 +57,74 @@ From lesions held out of training. {_explained(metrics)}
 
 {_refer(metrics["thresholds"]["refer"])}
 {_gate(context.get("gate"))}
+## What is served
+
+{_served(metrics.get("served") or {})}
+
+## Subgroups
+
+{_subgroups(metrics)}
+
 ## Limits
 
 - Trained on crops of one kind of 3D total-body photograph; other cameras, clinics and skin types than those of the data
-  are untested. No figures by subgroup exist yet.
+  are untested.
 - Intervals describe these scores on patients like these, not other populations, nor training again with another seed.
-- The threshold was chosen on out-of-fold scores of single folds' models, not on the averaged ensemble that is served.
+- {_limit(metrics)}
 
 ## How it was made
 
-{_versions(context.get("versions") or {})}The recipe, in TOML:
+{_versions(context.get("versions") or {})}Software: lesionflow, Apache-2.0; the model is the bundle beside this card.
+The recipe, in TOML:
 
 ```toml
 {(context.get("recipe_toml") or "# not recorded").rstrip()}
 ```
+
+## CLAIM 2024
+
+Where each item of the Checklist for Artificial Intelligence in Medical Imaging (doi:10.1148/ryai.240300) is answered.
+
+{checklists.rows(checklists.CLAIM, metrics, context)}
+
+## TRIPOD+AI
+
+The same for the reporting of prediction models (doi:10.1136/bmj-2023-078378).
+
+{checklists.rows(checklists.TRIPOD, metrics, context)}
 """
+
+
+def _probability(metrics: Mapping[str, Any]) -> str:
+    if "calibration" not in (metrics.get("served") or {}):
+        return "No probability: nothing was held out to calibrate what is served."
+    return f"Its probability is stated for a prevalence of {_prevalence(metrics)}."
+
+
+def _prevalence(metrics: Mapping[str, Any]) -> str:
+    prevalence = metrics["settings"].get("prevalence") or metrics["counts"]["malignant"] / metrics["counts"]["lesions"]
+    return f"{prevalence:.3%}"
+
+
+def _data(metrics: Mapping[str, Any], context: Mapping[str, Any]) -> str:
+    counts, groups, split = metrics["counts"], metrics["groups"], metrics.get("split") or {}
+    skipped = len((context.get("data") or {}).get("skipped") or [])
+    by = "one institution each" if split.get("kind") == "institution" else "by patient"
+    lines = [
+        "Retrospective: an existing collection; nothing was collected for this model.",
+        f"{counts['lesions']:,} lesions in folds, {counts['malignant']:,} malignant; "
+        f"{groups['patients']:,} known patients",
+        f"{counts['folds']} folds, {by}, no patient on both sides; {split.get('holdout') or 0:,} lesions in none",
+        groups["note"],
+    ]
+    if skipped:
+        lines.append(f"{skipped:,} lesions left out: no usable image")
+    lines += [
+        f"Licence: {context.get('data_licence') or 'unknown'}",
+        f"Data hash `{context.get('data_hash') or 'unknown'}`, "
+        f"fold hash `{context.get('fold_hash') or metrics['fold_hash']}`",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _explained(metrics: Mapping[str, Any]) -> str:
@@ -83,34 +136,100 @@ def _explained(metrics: Mapping[str, Any]) -> str:
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
-    pauc, retrieval = metrics["pauc"], metrics["retrieval"]
-    rows = [
-        ("pAUC, folds ranked and pooled", pauc["rank_pooled"]),
-        ("pAUC, pooled logits", pauc["pooled"]),
-        ("pAUC, mean of folds", pauc["mean_of_folds"]),
-        ("AUC, folds ranked and pooled", metrics["auc"]["rank_pooled"]),
-        (f"top-{retrieval['k']} retrieval, known patients", {"value": retrieval["value"], "interval": None}),
+    pauc, official, retrieval = metrics["pauc"], metrics["pauc_88"], metrics["retrieval"]
+    named = [
+        ("pAUC, folds ranked and pooled", pauc["rank_pooled"], "area"),
+        ("pAUC, pooled logits", pauc["pooled"], "area"),
+        ("pAUC, mean of folds", pauc["mean_of_folds"], "area"),
+        (f"pAUC above {official['min_tpr']:.0%}, ranked and pooled", official["rank_pooled"], "area"),
+        ("AUC, folds ranked and pooled", metrics["auc"]["rank_pooled"], "area"),
+        ("average precision, ranked and pooled", metrics["average_precision"]["rank_pooled"], "area"),
+        (f"top-{retrieval['k']} retrieval, known patients", retrieval, "area"),
     ]
-    return "\n".join(f"| {label} | {_value(one)} | {_span(one)} |" for label, one in rows)
+    named += _clinical(metrics)
+    return "\n".join(f"| {label} | {_value(one, style)} | {_span(one, style)} |" for label, one, style in named)
 
 
-def _value(one: Mapping[str, Any]) -> str:
-    return "none" if one["value"] is None else f"{one['value']:.4f}"
+def _clinical(part: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
+    """Workload and calibration, of the folds or of what is served."""
+    named = [
+        (f"lesions reviewed per cancer, {one['sensitivity']:.0%} sensitivity", one["reviewed_per_cancer"], "rate")
+        for one in part.get("operating") or []
+    ]
+    calibration = part.get("calibration") or {}
+    for key, label, style, _, _ in CALIBRATION:
+        if key in calibration:
+            named.append((f"calibration: {label.lower()}", calibration[key], style))
+    return named
 
 
-def _span(one: Mapping[str, Any]) -> str:
-    interval = one["interval"] or {}
-    if interval.get("low") is None:
-        return f"none: {interval['reason']}" if interval.get("reason") else "none"
-    return f"{interval['low']:.4f} to {interval['high']:.4f}"
+def _value(one: Mapping[str, Any], style: str) -> str:
+    return "none" if one["value"] is None else number(one["value"], style)
+
+
+def _span(one: Mapping[str, Any], style: str) -> str:
+    return span(one, style) or f"none: {reason(one)}"
 
 
 def _refer(refer: Mapping[str, Any]) -> str:
     text = (
-        f"At the `refer` threshold (logit {refer['value']:.4f}): sensitivity {refer['sensitivity']:.1%}, lower bound "
-        f"{refer['lower_bound']:.1%} (one-sided, {refer['level']:.0%}); specificity {refer['specificity']:.1%}."
+        f"At the folds' own `refer` threshold (logit {refer['value']:.4f}): sensitivity {refer['sensitivity']:.1%}, "
+        f"lower bound {refer['lower_bound']:.1%} (one-sided, {refer['level']:.0%})."
     )
     return text if refer["reached"] else f"{text} The target {refer['target']:.0%} is not reached: {refer['reason']}."
+
+
+def _served(part: Mapping[str, Any]) -> str:
+    if "pauc" not in part:
+        return f"Not evaluated: {part.get('reason') or 'not in these metrics'}."
+    counts = part["counts"]
+    named = [(LABELS[name], part[name], "area") for name in ("pauc", "auc", "average_precision") if name in part]
+    lines = [
+        f"The mean of all folds' models on {counts['lesions']:,} lesions ({counts['malignant']:,} malignant) of "
+        f"patients in no fold. {part['groups']['note']}",
+        "",
+        "| figure | value | interval |",
+        "|---|---|---|",
+        *(f"| {label} | {_value(one, style)} | {_span(one, style)} |" for label, one, style in named + _clinical(part)),
+        "",
+    ]
+    for name, one in (part.get("thresholds") or {}).items():
+        counted = "`refer`" if name == "refer" else "`refer` and `routine` together"
+        if one and one["reached"]:
+            lines.append(
+                f"- {counted}: logit at least {one['logit']:.4f}, sensitivity {one['sensitivity']:.1%}, at least "
+                f"{one['lower_bound']:.1%} (one-sided, {one['level']:.0%}, {one['malignant']:,} malignant lesions)"
+            )
+        elif one:
+            lines.append(f"- {counted}: {one['target']:.0%} sensitivity is not reached: {one['reason']}")
+    for name, one in (part.get("bands") or {}).items():
+        kept = f"{one['malignant']:,} of {one['lesions']:,} lesions malignant"
+        lines.append(f"- band {name}: {kept}; of all lesions {plain(one['share'], 'percent')}")
+    return "\n".join(lines)
+
+
+def _subgroups(metrics: Mapping[str, Any]) -> str:
+    rows, small = [], 0
+    for part in metrics.get("subgroups") or []:
+        for one in part["cells"]:
+            if one["pauc"]["value"] is None:
+                small += 1
+                continue
+            counts = f"{one['malignant']:,} / {one['lesions']:,}"
+            gap = plain(one["difference"], "signed")
+            rows.append(f"| {part['title']}: {one['label']} | {counts} | {plain(one['pauc'])} | {gap} |")
+    if not rows:
+        return f"No figures: {small} groups have too few malignant lesions for an interval."
+    head = ["| group | malignant / all | pAUC | difference to all others |", "|---|---|---|---|"]
+    tail = ["", f"{small} more groups have too few malignant lesions for an interval. Skin tone is a proxy from the "
+            "photograph's lightness, not a person's skin type."]  # fmt: skip
+    return "\n".join([*head, *rows, *tail])
+
+
+def _limit(metrics: Mapping[str, Any]) -> str:
+    if "pauc" in (metrics.get("served") or {}):
+        return "Bands and probabilities belong to the hold-out's kind of patients; another clinic needs its own check."
+    return "The threshold was chosen on out-of-fold scores of single folds' models, not on the ensemble that is served."
 
 
 def _gate(gate: Mapping[str, Any] | None) -> str:

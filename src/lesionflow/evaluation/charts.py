@@ -1,7 +1,7 @@
 """The report's charts as inline SVG: no script, no file, coloured by the page's own style sheet.
 
 Each chart is about 420 units wide, so that its text stays readable on a phone, and carries a title and a
-description for those who can't see it. Malignant and benign differ in position and label, not only in colour.
+description for those who can't see it. What differs in colour differs in position, dash or label too.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def roc(fpr: Floats, tpr: Floats, min_tpr: float, name: str) -> str:
     above = tpr >= min_tpr
     edge = [(cut, min_tpr), *zip(fpr[above].tolist(), tpr[above].tolist(), strict=True), (1.0, min_tpr)]
     body = [
-        f'<path class="shade" d="{_line(edge, x, y)}Z"/>',
-        *_axes(x, y, _fifths(), _fifths(), "False-positive rate", "Sensitivity (true-positive rate)"),
-        f'<path class="chance" d="{_line([(0, 0), (1, 1)], x, y)}"/>',
-        f'<path class="guide" d="{_line([(0, min_tpr), (1, min_tpr)], x, y)}"/>',
-        f'<path class="curve" d="{_line(zip(fpr.tolist(), tpr.tolist(), strict=True), x, y)}"/>',
+        f'<path class="shade" d="{line(edge, x, y)}Z"/>',
+        *axes(x, y, _fifths(), _fifths(), "False-positive rate", "Sensitivity (true-positive rate)"),
+        f'<path class="chance" d="{line([(0, 0), (1, 1)], x, y)}"/>',
+        f'<path class="guide" d="{line([(0, min_tpr), (1, min_tpr)], x, y)}"/>',
+        f'<path class="curve" d="{line(zip(fpr.tolist(), tpr.tolist(), strict=True), x, y)}"/>',
         f'<text class="note" x="{x(0.99)}" y="{y(0.04):.1f}" text-anchor="end">'
         f"shaded: above {min_tpr:.0%} sensitivity</text>",
     ]
     at = float(np.interp(min_tpr, tpr, fpr))
     text = f"ROC curve. At {min_tpr:.0%} sensitivity the false-positive rate is {at:.1%}. Shaded area: the pAUC."
-    return _svg(name, "ROC curve", text, top + side + 48, body)
+    return svg(name, "ROC curve", text, top + side + 48, body)
 
 
 def histogram(malignant: Floats, benign: Floats, threshold: float | None, name: str, label: str) -> str:
@@ -65,7 +65,7 @@ def histogram(malignant: Floats, benign: Floats, threshold: float | None, name: 
             f"{kind}</text>"
         )
     body.append(f'<path class="axis" d="M{left} {middle}H{left + width}"/>')
-    for value in _nice(low, high):
+    for value in nice(low, high):
         body.append(f'<path class="axis" d="M{x(value):.1f} {2 * middle - 8}v5"/>')
         body.append(f'<text x="{x(value):.1f}" y="{2 * middle + 10}" text-anchor="middle">{value:g}</text>')
     body.append(f'<path class="axis" d="M{left} {2 * middle - 8}H{left + width}"/>')
@@ -83,7 +83,7 @@ def histogram(malignant: Floats, benign: Floats, threshold: float | None, name: 
         f"Distribution of scores: malignant median {np.median(malignant):.2f}, "
         f"benign median {np.median(benign):.2f}.{said}"
     )
-    return _svg(name, "Score distributions", text, 2 * middle + 40, body)
+    return svg(name, "Score distributions", text, 2 * middle + 40, body)
 
 
 def forest(rows: Sequence[Mapping[str, Any]], chance: float, maximum: float, name: str) -> str:
@@ -107,37 +107,54 @@ def forest(rows: Sequence[Mapping[str, Any]], chance: float, maximum: float, nam
         body.append(f'<text x="{x(value):.1f}" y="{bottom + 20}" text-anchor="middle">{value:.2f}</text>')
     body.append(f'<path class="axis" d="M{left} {bottom}H{left + width}"/>')
     body.append(f'<text x="{left + width / 2}" y="{bottom + 38}" text-anchor="middle">pAUC (dashed: chance)</text>')
-    return _svg(name, "pAUC with intervals", "The same figures as in the table beside this chart.", bottom + 46, body)
+    return svg(name, "pAUC with intervals", "The same figures as in the table beside this chart.", bottom + 46, body)
+
+
+def strip(figure: Mapping[str, Any], low: float, high: float, reference: float | None) -> str:
+    """A figure's interval as a small picture beside its numbers (so hidden from screen readers), on low..high."""
+    width, height, middle = 132, 18, 9
+    x: Scale = lambda v: 6 + (width - 12) * (min(max(v, low), high) - low) / ((high - low) or 1)  # noqa: E731
+    body = [f'<path class="grid" d="M{x(low):.1f} {middle}H{x(high):.1f}"/>']
+    if reference is not None:
+        body.append(f'<path class="chance" d="M{x(reference):.1f} 0V{height}"/>')
+    interval = figure.get("interval") or {}
+    if interval.get("low") is not None:
+        body.append(f'<path class="whisker" d="M{x(interval["low"]):.1f} {middle}H{x(interval["high"]):.1f}"/>')
+    if figure["value"] is not None:
+        body.append(f'<circle class="dot" cx="{x(figure["value"]):.1f}" cy="{middle}" r="4"/>')
+    return (
+        f'<svg class="strip" viewBox="0 0 {width} {height}" aria-hidden="true" focusable="false">{"".join(body)}</svg>'
+    )
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], label: str, name: str, chance: float | None) -> str:
     """Lines over epochs, one per fold; the last point of each is marked."""
     left, width, top, height = 56, 348, 14, 190
-    points = [p for line in series.values() for p in line]
-    right = max(p[0] for p in points) or 1.0
-    values = [p[1] for p in points] + ([chance] if chance is not None else [])
+    every = [p for points in series.values() for p in points]
+    right = max(p[0] for p in every) or 1.0
+    values = [p[1] for p in every] + ([chance] if chance is not None else [])
     low, high = min(0.0, *values), max(values)
     high = high if high > low else low + 1
     x: Scale = lambda v: left + width * v / right  # noqa: E731
     y: Scale = lambda v: top + height * (1 - (v - low) / (high - low))  # noqa: E731
-    body = _axes(x, y, _labels(_nice(0, right)), _labels(_nice(low, high)), "epoch", label)
+    body = axes(x, y, labels(nice(0, right)), labels(nice(low, high)), "epoch", label)
     if chance is not None:
-        body.append(f'<path class="chance" d="{_line([(0, chance), (right, chance)], x, y)}"/>')
-    for i, line in enumerate(series.values()):
-        body.append(f'<path class="series s{i % 6}" d="{_line(line, x, y)}"/>')
-        body.append(f'<circle class="end s{i % 6}" cx="{x(line[-1][0]):.1f}" cy="{y(line[-1][1]):.1f}" r="3"/>')
-    ends = "; ".join(f"{key} ends at {line[-1][1]:.4g}" for key, line in series.items())
-    return _svg(name, f"{label} during training", f"{label} over epochs: {ends}.", top + height + 48, body)
+        body.append(f'<path class="chance" d="{line([(0, chance), (right, chance)], x, y)}"/>')
+    for i, points in enumerate(series.values()):
+        body.append(f'<path class="series s{i % 6}" d="{line(points, x, y)}"/>')
+        body.append(f'<circle class="end s{i % 6}" cx="{x(points[-1][0]):.1f}" cy="{y(points[-1][1]):.1f}" r="3"/>')
+    ends = "; ".join(f"{key} ends at {points[-1][1]:.4g}" for key, points in series.items())
+    return svg(name, f"{label} during training", f"{label} over epochs: {ends}.", top + height + 48, body)
 
 
-def _svg(name: str, title: str, text: str, height: float, body: Iterable[str]) -> str:
+def svg(name: str, title: str, text: str, height: float, body: Iterable[str]) -> str:
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-labelledby="{name}-t {name}-d">'
         f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(text)}</desc>{"".join(body)}</svg>'
     )
 
 
-def _axes(
+def axes(
     x: Scale, y: Scale, x_ticks: Mapping[float, str], y_ticks: Mapping[float, str], x_label: str, y_label: str
 ) -> list[str]:
     left, right = x(min(x_ticks)), x(max(x_ticks))
@@ -158,7 +175,7 @@ def _axes(
     return out
 
 
-def _line(points: Iterable[tuple[float, float]], x: Scale, y: Scale) -> str:
+def line(points: Iterable[tuple[float, float]], x: Scale, y: Scale) -> str:
     return "M" + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
 
 
@@ -174,7 +191,7 @@ def _fifths() -> dict[float, str]:
     return {i / 5: f"{i / 5:g}" for i in range(6)}
 
 
-def _nice(low: float, high: float) -> list[float]:
+def nice(low: float, high: float) -> list[float]:
     """About five round numbers within low..high, at least two."""
     raw = (high - low) / 5
     unit = 10.0 ** np.floor(np.log10(raw))
@@ -182,5 +199,5 @@ def _nice(low: float, high: float) -> list[float]:
     return [round(step * i, 12) for i in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)]
 
 
-def _labels(values: Iterable[float]) -> dict[float, str]:
+def labels(values: Iterable[float]) -> dict[float, str]:
     return {v: f"{v:g}" for v in values}

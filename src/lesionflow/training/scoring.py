@@ -78,16 +78,20 @@ def fold_weights(run: Path, recipe: Recipe, count: int) -> list[list[Path]]:
 def score(
     network: torch.nn.Module, store: Store, rows: NDArray[np.int64], spec: PreprocessSpec, tta: str
 ) -> NDArray[np.float64]:
-    """Logits of store rows, float64 [len(rows)], in order; the ranks share the work and all get the result."""
+    """Logits of store rows, float64 [len(rows)], in order; the ranks share the work and all get the result.
+
+    In whole float32 on a GPU too (no TF32): thresholds are chosen on these, and the exported graph must agree.
+    """
     network.eval()
     where = next(network.parameters()).device
     world = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_initialized() else 1
     mine = rows[rank() :: world] if world > 1 else rows
     parts = []
-    for images in batches(store, mine, spec, 64):
-        x = normalise(images.to(where), spec).contiguous(memory_format=torch.channels_last)
-        views = [x, x.flip(3), x.flip(2), x.flip((2, 3))] if tta == "flips" else [x]
-        parts.append(torch.stack([network(v)[:, 0].float() for v in views]).mean(0).cpu())
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for images in batches(store, mine, spec, 64):
+            x = normalise(images.to(where), spec).contiguous(memory_format=torch.channels_last)
+            views = [x, x.flip(3), x.flip(2), x.flip((2, 3))] if tta == "flips" else [x]
+            parts.append(torch.stack([network(v)[:, 0].float() for v in views]).mean(0).cpu())
     own = torch.cat(parts).double().numpy() if parts else np.zeros(0)
     if world == 1:
         return own

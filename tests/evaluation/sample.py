@@ -88,7 +88,9 @@ def metrics(kind: str = "patient") -> dict[str, Any]:
         "subgroups": subgroups(),
         "leaks": {
             "patients_in_two_folds": 0, "fold_hash_checked": True,
-            "exact_duplicates": {"count": 1, "pairs": [_pair("ISIC_0000117", "ISIC_0731142", 0, 3, 0, 0, False)]},
+            "exact_duplicates": {
+                "count": 1, "checked": 24_310, "pairs": [_pair("ISIC_0000117", "ISIC_0731142", 0, 3, 0, 0, False)],
+            },
             "near_duplicates": {
                 "count": 2, "checked": 24_310, "reason": None,
                 "pairs": [
@@ -96,6 +98,10 @@ def metrics(kind: str = "patient") -> dict[str, Any]:
                     _pair("ISIC_0093221", "ISIC_0412009", -1, 4, 1, 1, None),
                 ],
             },
+        },
+        "probability": {
+            "kind": "logistic", "a": 0.9312, "b": -4.117, "prevalence": 0.00098, "data_prevalence": 78 / 6_060,
+            "lesions": 6_060, "malignant": 78, "fitted_on": "holdout",
         },
         "served": served(),
     }  # fmt: skip
@@ -129,10 +135,7 @@ def bare() -> dict[str, Any]:
         "prevalence": 0.00098, "data_prevalence": 12 / 412, "bins": [], "reason": FEW,
         **{name: missing() for name in ("intercept", "slope", "ece", "brier", "log_loss", "expected_observed")},
     }  # fmt: skip
-    found["decision_curve"] = {
-        "prevalence": 0.00098, "probability": [], "net_benefit": [], "low": [], "high": [], "treat_all": [],
-        "level": LEVEL, "method": "", "reason": FEW,
-    }  # fmt: skip
+    found["decision_curve"] |= {"low": None, "high": None, "reason": FEW}
     found["thresholds"]["refer"] |= {
         "value": -2.9, "reached": False, "sensitivity": 1.0, "lower_bound": 0.779, "malignant": 12,
         "malignant_clusters": 12,
@@ -142,8 +145,9 @@ def bare() -> dict[str, Any]:
     for one in found["subgroups"]:
         for cell in one["cells"]:
             cell |= {name: missing() for name in ("pauc", "auc", "sensitivity", "difference")}
-    found["leaks"]["exact_duplicates"] = {"count": 0, "pairs": []}
+    found["leaks"]["exact_duplicates"] = {"count": 0, "checked": 412, "pairs": []}
     found["leaks"]["near_duplicates"] = {"count": None, "pairs": [], "checked": 0, "reason": "not asked for"}
+    found["probability"] |= {"lesions": 412, "malignant": 12, "fitted_on": "out-of-fold"}
     found["served"] = {"reason": "no lesions were held out: set folds.holdout, such as 0.2"}
     return found
 
@@ -177,7 +181,8 @@ def assessment(off: float) -> dict[str, Any]:
             else figure(observed, observed * 0.55, observed * 1.6, malignant=malignant)
         )
         bins.append({
-            "low": low, "high": high, "lesions": 2431, "malignant": malignant, "predicted": predicted, "observed": seen,
+            "low": low, "high": high, "lesions": 2431, "malignant": malignant, "share": 0.1, "predicted": predicted,
+            "observed": seen,
         })  # fmt: skip
     return {
         "prevalence": 0.00098,
@@ -260,6 +265,10 @@ def served() -> dict[str, Any]:
         "pauc_88": figure(0.0804, 0.0611, 0.0952, **small),
         "auc": figure(0.9370, 0.9102, 0.9561, **small),
         "average_precision": figure(0.2611, 0.171, 0.372, **small),
+        "retrieval": {
+            "k": 15, **figure(0.731, 0.604, 0.836, **small), "patients": 51, "malignant": 78, "lesions": 6_060,
+            "patients_with_k_lesions_or_fewer": 24,
+        },
         "operating": operating(1.1),
         "calibration": assessment(0.02),
         "decision_curve": decision(),
@@ -270,7 +279,8 @@ def served() -> dict[str, Any]:
         "bands": {
             "refer": kept(2161, 75, 0.3566, 0.3494),
             "routine": kept(1424, 2, 0.2350, 0.2377),
-            "low": kept(2475, 1, 0.4084, 0.4129),
+            "low": kept(2461, 1, 0.4061, 0.4106),
+            "cannot judge": kept(14, 0, 0.0023, 0.0023),
         },
     }  # fmt: skip
 

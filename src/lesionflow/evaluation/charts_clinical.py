@@ -58,10 +58,9 @@ def decision(curve: Mapping[str, Any], name: str) -> str:
         return ""
     scale = 10_000
     model, everyone = (scale * np.asarray(curve[key], float) for key in ("net_benefit", "treat_all"))
-    lower, upper = (
-        np.asarray([np.nan if v is None else scale * v for v in curve[key]], float) for key in ("low", "high")
-    )
-    top = float(np.nanmax([model.max(), everyone.max(), np.nanmax(upper) if np.isfinite(upper).any() else 0.0]))
+    banded = curve["low"] is not None and curve["high"] is not None
+    lower, upper = (scale * np.asarray(curve[key], float) if banded else model for key in ("low", "high"))
+    top = max(float(model.max()), float(everyone.max()), float(upper.max()))
     top = top if top > 0 else 1.0
     floor = -0.12 * top
     height = 230
@@ -75,7 +74,7 @@ def decision(curve: Mapping[str, Any], name: str) -> str:
     for value in _powers(low, high, inside=True):
         body.append(f'<path class="axis" d="M{x(value):.1f} {y(floor):.1f}v5"/>')
         body.append(f'<text x="{x(value):.1f}" y="{y(floor) + 18:.1f}" text-anchor="middle">{percent(value)}</text>')
-    if np.isfinite(lower).all() and np.isfinite(upper).all():
+    if banded:
         edge = [*zip(at, np.maximum(upper, floor), strict=True)]
         edge += [*zip(at[::-1], np.maximum(lower, floor)[::-1], strict=True)]
         body.append(f'<path class="shade" d="{line(edge, x, y)}Z"/>')
@@ -88,10 +87,8 @@ def decision(curve: Mapping[str, Any], name: str) -> str:
     body.append(f'<text class="note" {at_foot} text-anchor="end">refer all</text>')
     body.append(f'<text class="note" x="{x(high):.1f}" y="{y(0.0) + 14:.1f}" text-anchor="end">refer none</text>')
     middle = int(np.argmin(np.abs(np.log(at) - np.log(low) - 0.62 * np.log(high / low))))
-    spot = upper[middle] if np.isfinite(upper[middle]) else model[middle]
-    body.append(
-        f'<text class="strong" x="{x(at[middle]):.1f}" y="{y(max(float(spot), 0.0)) - 7:.1f}">this model</text>'
-    )
+    above = y(max(float(upper[middle]), 0.0)) - 7
+    body.append(f'<text class="strong" x="{x(at[middle]):.1f}" y="{above:.1f}">this model</text>')
     best = int(np.argmin(np.abs(at - curve["prevalence"])))
     text = (
         f"At the threshold probability {percent(float(at[best]))}: net benefit of the model {model[best]:.2f} per "

@@ -40,8 +40,8 @@ def institutions(found: Mapping[str, Any]) -> View:
 
 def leaks(found: Mapping[str, Any]) -> View:
     leaks = found.get("leaks")
-    if not leaks:
-        return {"reason": "not in these metrics"}
+    if not leaks or "patients_in_two_folds" not in leaks:
+        return {"reason": (leaks or {}).get("reason") or "not in these metrics"}
     overlap = leaks["patients_in_two_folds"]
     kinds = [_duplicates(name, leaks.get(f"{name}_duplicates") or {}) for name in ("exact", "near")]
     return {

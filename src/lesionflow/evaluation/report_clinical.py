@@ -41,6 +41,9 @@ def served(found: Mapping[str, Any]) -> View:
         label = f"{LABELS[name]} above {found[name]['min_tpr']:.0%}" if name.startswith("pauc") else LABELS[name]
         cells = [cell(part.get(name), "area", notes), cell(found[name]["rank_pooled"], "area", notes)]
         rows.append({"label": label, "cells": cells})
+    if "retrieval" in part:
+        cells = [cell(part["retrieval"], "area", notes), cell(found["retrieval"], "area", notes)]
+        rows.append({"label": f"Top-{part['retrieval']['k']} retrieval, known patients", "cells": cells})
     kept = part.get("bands") or {}
     return {
         "reason": None,
@@ -103,7 +106,19 @@ def calibration(found: Mapping[str, Any]) -> View:
         "prevalence": charts_clinical.percent(present[0][2]["prevalence"]),
         "data_prevalence": charts_clinical.percent(present[0][2]["data_prevalence"]),
         "figures": [_reliability(*one) for one in present],
+        "formula": _formula(found.get("probability")),
     }
+
+
+def _formula(fitted: Mapping[str, Any] | None) -> str | None:
+    if not fitted:
+        return None
+    where = {"holdout": "the hold-out", "out-of-fold": "out-of-fold logits of single folds' models"}
+    on = where.get(fitted.get("fitted_on", ""), "held-out lesions")
+    return (
+        f"Served: probability = sigmoid({fitted['a']:.4g} × logit {fitted['b']:+.4g}), fitted on {on} "
+        f"({fitted['lesions']:,} lesions, {fitted['malignant']:,} malignant)."
+    )
 
 
 def _reliability(title: str, name: str, one: Mapping[str, Any]) -> View:
@@ -178,8 +193,9 @@ def _benefits(curve: Mapping[str, Any]) -> list[View]:
     """The curve in a few numbers, for those who don't see it: every fifth point, per 10,000 lesions."""
     rows = []
     for i in range(0, len(curve["probability"]), 5):
-        low, high = curve["low"][i], curve["high"][i]
-        between = "no interval" if low is None or high is None else f"{1e4 * low:.2f} to {1e4 * high:.2f}"
+        between = "none"
+        if curve["low"] is not None and curve["high"] is not None:
+            between = f"{1e4 * curve['low'][i]:.2f} to {1e4 * curve['high'][i]:.2f}"
         rows.append({
             "at": charts_clinical.percent(curve["probability"][i]), "value": f"{1e4 * curve['net_benefit'][i]:.2f}",
             "span": between, "all": f"{1e4 * curve['treat_all'][i]:.2f}",

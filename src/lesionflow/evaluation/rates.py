@@ -1,12 +1,11 @@
 """Shares and means over lesions with patient-clustered intervals: specificity, Brier score, log loss, retrieval, ...
 
-A figure that is a ratio of two sums over lesions needs, per replicate, only the sums of each patient. Its interval
-is a bootstrap-t on the figure's natural scale (logit of a share, logarithm of a positive figure): each replicate
-gives every patient a Poisson(1) weight, which for a ratio is drawing patients with replacement, and its distance
-from the figure is measured in its own linearised standard error.
-
-Where thousands of groups contribute, as where no patient is known, only those that move the figure most are drawn
-one by one; the sums over all others are drawn from the normal distribution with their exact mean and covariance.
+A figure that is a ratio of two sums over lesions varies as the sum of its patients' residuals does. Its interval is
+taken on the figure's natural scale (logit of a share, logarithm of a positive figure) with that cluster-robust
+standard error and Student's t, whose degrees of freedom follow from how few patients carry the variance
+(Satterthwaite's, by the residuals' fourth moment). Nothing is drawn, so it costs one pass over the lesions whatever
+their number. On simulated cohorts it covered better than a bootstrap-t, a plain t, or percentiles
+(`benchmarks/coverage.py`).
 
 A share of few malignant lesions that are found or missed one by one, such as a sensitivity, has a better interval:
 `proportion`.
@@ -14,7 +13,6 @@ A share of few malignant lesions that are found or missed one by one, such as a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from math import exp, lgamma, log, log1p
 from typing import Literal
@@ -27,14 +25,12 @@ from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED, Figure,
 from lesionflow.evaluation.metrics import Floats, Groups, Ints, codes
 
 Kind = Literal["share", "positive", "real"]
-METHOD = "patient-clustered bootstrap-t, {} scale"
+METHOD = "cluster-robust t, {} scale"
 METHOD_LIMIT = "exact bound at the limit"
 METHOD_PROPORTION = "Clopper-Pearson, effective sample size by patient"
 SCALES = {"share": "logit", "positive": "log", "real": "plain"}
 FEWEST_CLUSTERS = 10
 """With fewer patients (or lesions of unknown patients) that contribute no interval is worth printing."""
-_DRAWN = 2048
-"""Groups that are drawn one by one."""
 
 
 def rate(
@@ -53,8 +49,9 @@ def rate(
 
     numerator, denominator float64 [n], the latter at least 0; groups [n]: the patient of each lesion. `kind` says
     what the figure is: a `share` of 0..1, `positive`, or any `real` number. `malignant` is how many malignant
-    lesions it rests on; under `fewest` there is no interval (0 for a figure of benign lesions alone), and
-    `replicates=0` leaves it out. Raises `DataError` for numbers that aren't finite or don't match row by row.
+    lesions it rests on; under `fewest` there is no interval (0 for a figure of benign lesions alone).
+    `replicates=0` leaves the interval out, as everywhere; `seed` is taken for that likeness, and nothing is drawn.
+    Raises `DataError` for numbers that aren't finite or don't match row by row.
     """
     if kind not in SCALES:
         raise UsageError(f"kind must be share, positive or real, got {kind!r}")
@@ -71,27 +68,19 @@ def rate(
         reason = reason or f"lesions of {clusters} patients: under {FEWEST_CLUSTERS}, no interval is worth printing"
     if reason:
         return Figure(value, Interval(None, None, level, method, 0, 0, clusters, malignant, reason))
-    error = float(np.sqrt(((above - value * below) ** 2).sum() * clusters / (clusters - 1))) / whole
-    if (kind == "share" and not 0 < value < 1) or (kind == "positive" and value <= 0) or error <= 0:
+    residual = (above - value * below) / whole
+    squared = float((residual**2).sum())
+    edge = {"share": not 0 < value < 1, "positive": value <= 0, "real": False}[kind]
+    if edge or squared <= 0:
         low, high = _limit(value, kind, clusters, level)
         reason = None if low is not None else "the figure does not vary"
         return Figure(value, Interval(low, high, level, METHOD_LIMIT, 0, 0, clusters, malignant, reason))
-    values, errors = _replicates(above, below, value, replicates, seed)
-    to, back = _scale(kind)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        centre, slope = to(np.array(value))
-        scaled, slopes = to(values)
-        t = (scaled - centre) / (errors * slopes)
-    t = t[np.isfinite(t)]
-    if len(t) < replicates / 4:
-        reason = "most replicates do not vary"
-        return Figure(value, Interval(None, None, level, method, 0, 0, clusters, malignant, reason))
-    high_t, low_t = np.quantile(t, [(1 + level) / 2, (1 - level) / 2])
-    low, high = (float(back(centre - error * slope * q)) for q in (high_t, low_t))
-    interval = Interval(
-        min(low, value), max(high, value), level, method, replicates, replicates - len(t), clusters, malignant
-    )
-    return Figure(value, interval)
+    freedom = clusters - 1.0
+    if (uneven := float((residual**4).sum()) - squared**2 / clusters) > 0:
+        freedom = min(freedom, max(2.0, 2 * squared**2 / uneven))
+    reach = student_quantile((1 + level) / 2, round(freedom, 2)) * np.sqrt(squared * clusters / (clusters - 1))
+    low, high = _around(value, float(reach), kind)
+    return Figure(value, Interval(low, high, level, method, 0, 0, clusters, malignant))
 
 
 def proportion(found: ArrayLike, groups: Groups, *, level: float = 0.95) -> Figure:
@@ -126,6 +115,8 @@ def effective_size(found: Floats, owner: Ints) -> float:
         return float(clusters)
     surplus = np.bincount(owner, found - share)
     variance = float((surplus**2).sum()) / count**2 * clusters / (clusters - 1)
+    if variance <= 0:
+        return float(count)
     certainty = student_quantile(0.975, count - 1) / student_quantile(0.975, clusters - 1)
     return min(float(count), share * (1 - share) / variance * certainty**2)
 
@@ -182,49 +173,33 @@ def _sums(numerator: ArrayLike, denominator: ArrayLike, groups: Groups) -> tuple
     if not (np.isfinite(above).all() and np.isfinite(below).all() and (below >= 0).all()):
         raise DataError("rate: numbers that aren't finite, or a denominator under 0; score these lesions again")
     owner = codes(groups, len(above))
-    if not (np.equal(above, np.rint(above)).all() and np.equal(below, np.rint(below)).all()):
-        # Sums of fractions depend on their order, in the last digit; nothing may depend on the order of rows.
-        order = np.lexsort((below, above, owner))
-        above, below, owner = above[order], below[order], owner[order]
-    parts, wholes = np.bincount(owner, above), np.bincount(owner, below)
+    parts, wholes = exact_sums(above, owner), exact_sums(below, owner)
     counts = (wholes > 0) | (parts != 0)
-    return parts[counts].astype(np.float64), wholes[counts].astype(np.float64)
+    return parts[counts], wholes[counts]
 
 
-def _replicates(above: Floats, below: Floats, value: float, count: int, seed: int) -> tuple[Floats, Floats]:
-    """The ratio and its standard error in `count` replicates, float64 [R] each."""
-    terms = np.stack([above, below, above * above, above * below, below * below])
-    rest = np.zeros((5, 1))
-    if len(above) > _DRAWN:
-        order = np.lexsort((below, above, -np.abs(above - value * below)))
-        terms, others = terms[:, order[:_DRAWN]], terms[:, order[_DRAWN:]]
-        # The weights have mean and variance 1, so the sums' covariance is that of the second moments.
-        normal = np.random.default_rng([seed, 1]).standard_normal((5, count))
-        covariance = others @ others.T
-        sizes = np.sqrt(np.diag(covariance))
-        sizes[sizes == 0] = 1.0
-        values, vectors = np.linalg.eigh(covariance / np.outer(sizes, sizes))
-        noise = vectors @ (np.sqrt(np.maximum(values, 0))[:, None] * normal)
-        rest = others.sum(axis=1)[:, None] + sizes[:, None] * noise
-    a, b, aa, ab, bb = terms @ _weights(count, seed)[: terms.shape[1]] + rest
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = a / b
-        return ratio, np.sqrt(np.maximum(aa - 2 * ratio * ab + ratio**2 * bb, 0)) / b
+def exact_sums(values: Floats, owner: Ints) -> Floats:
+    """Sum of the values [n] of each owner 0..G-1, float64 [G], the same to the last bit in every order of rows.
+
+    Each value is split at 2^-26 and cut at 2^-52 of the largest, so that up to 2^26 of them add up without rounding.
+    """
+    largest = float(np.abs(values).max(initial=0.0))
+    if not largest:
+        return np.zeros(int(owner.max()) + 1)
+    unit = 2.0 ** (np.frexp(largest)[1] - 26)
+    coarse = np.rint(values / unit)
+    fine = np.rint((values / unit - coarse) * 2**26)
+    return np.asarray((np.bincount(owner, coarse) + np.bincount(owner, fine) / 2**26) * unit)
 
 
-@lru_cache(maxsize=2)
-def _weights(count: int, seed: int) -> Floats:
-    """How often each group is drawn in each replicate, float64 [_DRAWN, R]; the same for every figure."""
-    return np.random.default_rng([seed, 0]).poisson(1.0, (_DRAWN, count)).astype(np.float64)
-
-
-def _scale(kind: Kind) -> tuple[Callable[[Floats], tuple[Floats, Floats]], Callable[[Floats], Floats]]:
-    """The figure's scale with its slope there, and the way back."""
-    if kind == "share":
-        return lambda x: (np.log(x / (1 - x)), 1 / (x * (1 - x))), lambda x: 1 / (1 + np.exp(-x))
+def _around(value: float, reach: float, kind: Kind) -> tuple[float, float]:
+    """From `reach` under the value to as much above it, on the figure's scale."""
     if kind == "positive":
-        return lambda x: (np.log(x), 1 / x), np.exp
-    return lambda x: (x, np.ones_like(x)), lambda x: x
+        return value * exp(-reach / value), value * exp(reach / value)
+    if kind == "share":
+        odds, factor = value / (1 - value), exp(min(reach / (value * (1 - value)), 700.0))
+        return odds / (odds + factor), odds * factor / (1 + odds * factor)
+    return value - reach, value + reach
 
 
 def _limit(value: float, kind: Kind, clusters: int, level: float) -> tuple[float | None, float | None]:

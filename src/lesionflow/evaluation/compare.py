@@ -149,7 +149,7 @@ def verdict(pair: Pair, planned: dict[str, Any]) -> dict[str, Any]:
         better = "a" if interval.low > 0 else "b"
         return {
             "better": better,
-            "text": f"{better.upper()} is better: A - B is {span}, which excludes 0 at {sure:.0%}.",
+            "text": f"{better.upper()} is better: A - B is {span}, which excludes 0 at {100 * sure:g} %.",
         }
     if not pair.error:
         return {"better": None, "text": "A and B order these lesions alike; there is nothing to tell apart."}
@@ -247,11 +247,14 @@ def _same_folds(a: Side, b: Side) -> None:
 
 def render(result: dict[str, Any]) -> Any:
     """The comparison as a table for a terminal, and its sentence (rich renderable)."""
+    from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "A", "B", "A - B", "A better", title_justify="left")
+    table = Table("", "A", "B", "A - B", "A better", box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        column.no_wrap = True
     for name in MEASURES:
         one = result[name]
         table.add_row(
@@ -262,10 +265,10 @@ def render(result: dict[str, Any]) -> Any:
     lines = [f"A {result['a']['path']}", f"B {result['b']['path']}"]
     lines.append(f"{counts['lesions']:,} lesions, {counts['malignant']:,} malignant. {result['groups']['note']}")
     if planned["detectable"] is not None:
-        needed = ", ".join(f"{d} {_round(n):,}" for d, n in planned["malignant_for"].items())
+        needed = ", ".join(f"{d}: {_round(n):,}" for d, n in planned["malignant_for"].items())
         lines.append(
-            f"With {POWER:.0%} power this comparison sees a true pAUC difference of {planned['detectable']:.4f}. "
-            f"Malignant lesions needed to see {needed}."
+            f"With {100 * POWER:.0f} % power this comparison sees a true pAUC difference of "
+            f"{planned['detectable']:.4f}. Malignant lesions that it would take to see {needed}."
         )
     missing = [result[name]["difference"]["interval"]["reason"] for name in MEASURES]
     lines += [f"No interval: {reason}." for reason in dict.fromkeys(r for r in missing if r)]

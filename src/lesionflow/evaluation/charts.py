@@ -106,13 +106,13 @@ def forest(rows: Sequence[Mapping[str, Any]], chance: float, maximum: float, nam
         body.append(f'<path class="axis" d="M{x(value):.1f} {bottom}v5"/>')
         body.append(f'<text x="{x(value):.1f}" y="{bottom + 20}" text-anchor="middle">{value:.2f}</text>')
     body.append(f'<path class="axis" d="M{left} {bottom}H{left + width}"/>')
-    body.append(f'<text x="{left + width / 2}" y="{bottom + 38}" text-anchor="middle">pAUC (dashed: chance)</text>')
+    body.append(f'<text x="{left + width / 2}" y="{bottom + 38}" text-anchor="middle">pAUC (dotted: chance)</text>')
     return svg(name, "pAUC with intervals", "The same figures as in the table beside this chart.", bottom + 46, body)
 
 
 def strip(figure: Mapping[str, Any], low: float, high: float, reference: float | None) -> str:
     """A figure's interval as a small picture beside its numbers (so hidden from screen readers), on low..high."""
-    width, height, middle = 132, 18, 9
+    width, height, middle = 104, 18, 9
     x: Scale = lambda v: 6 + (width - 12) * (min(max(v, low), high) - low) / ((high - low) or 1)  # noqa: E731
     body = [f'<path class="grid" d="M{x(low):.1f} {middle}H{x(high):.1f}"/>']
     if reference is not None:

@@ -104,7 +104,7 @@ def bands(found: Mapping[str, Mapping[str, Any]], name: str) -> str:
         "malignant": [found[band]["malignant"] for band in order],
         "benign": [found[band]["lesions"] - found[band]["malignant"] for band in order],
     }
-    left, width, tall, step = 74, WIDTH - 74 - 12, 30, 62
+    left, width, tall, step = 84, WIDTH - 84 - 6, 30, 62
     body, said = [_hatch(name)], []
     for row, (label, counts) in enumerate(rows.items()):
         total, at = sum(counts) or 1, float(left)

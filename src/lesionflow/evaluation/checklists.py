@@ -69,7 +69,7 @@ def _resolve(pointer: str, metrics: Mapping[str, Any], context: Mapping[str, Any
 _PUBLISHER = "as the data's publisher gives it; see there"
 _FIGURES = ("metrics:pauc", "metrics:auc", "metrics:average_precision", "metrics:served.pauc")
 _TRAINING = ("recipe:training", "recipe:optimizer", "recipe:augment", "recipe:sampling")
-_EXPLAINED = "context:explain=report, What the model looks at"
+_EXPLAINED = "context:explain=report, Explanations"
 
 CLAIM = (
     Item("1", "Title names the kind of AI", ("card:The model",)),

@@ -28,7 +28,7 @@ __all__ = ["write_card", "write_report"]
 
 SECTIONS = {
     "summary": "Summary",
-    "ranking": "How good the ranking is",
+    "ranking": "Ranking",
     "served": "What is served",
     "calibration": "Probabilities",
     "workload": "Work per cancer found",
@@ -36,7 +36,7 @@ SECTIONS = {
     "subgroups": "Subgroups",
     "institutions": "Institutions",
     "leaks": "Leaks",
-    "explanations": "What the model looks at",
+    "explanations": "Explanations",
     "training": "Training",
     "origin": "Data and origin",
     "reading": "How to read this",

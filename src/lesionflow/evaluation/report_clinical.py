@@ -6,6 +6,7 @@ and numbers. A part that is missing has a `reason` instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -210,23 +211,31 @@ def subgroups(found: Mapping[str, Any]) -> View:
         return {"reason": NO_PART}
     pauc = found["pauc"]
     overall = pauc[found["headline"]]
+    ends = [end for part in parts for one in part["cells"] for end in _ends(one["pauc"])] + _ends(overall)
+    # One scale for all tables, so that strips compare across them.
+    low, high = (math.floor(50 * min(ends)) / 50, math.ceil(50 * max(ends)) / 50) if ends else (0.0, pauc["maximum"])
     tables = []
     for part in parts:
         notes = Notes()
-        rows = [_cell(one, pauc["maximum"], overall["value"], notes) for one in part["cells"]]
+        rows = [_cell(one, (low, high), overall["value"], notes) for one in part["cells"]]
         tables.append({
             "title": part["title"], "name": part["name"], "note": part.get("note") or "", "rows": rows,
             "notes": notes.lines(),
             "reason": None if rows else part.get("reason") or part.get("note") or "the data lacks the column",
         })  # fmt: skip
-    return {"reason": None, "tables": tables, "overall": plain(overall), "maximum": f"{pauc['maximum']:g}"}
+    return {"reason": None, "tables": tables, "overall": plain(overall), "strip": f"{low:g} to {high:g}"}
 
 
-def _cell(one: Mapping[str, Any], maximum: float, overall: float | None, notes: Notes) -> View:
+def _ends(figure: Mapping[str, Any]) -> list[float]:
+    interval = figure.get("interval") or {}
+    return [v for v in (figure["value"], interval.get("low"), interval.get("high")) if v is not None]
+
+
+def _cell(one: Mapping[str, Any], scale: tuple[float, float], overall: float | None, notes: Notes) -> View:
     return {
         "label": one["label"],
         "counts": f"{one['malignant']:,} / {one['lesions']:,}",
-        "strip": charts.strip(one["pauc"], 0.0, maximum, overall) if one["pauc"]["value"] is not None else "",
+        "strip": charts.strip(one["pauc"], *scale, overall) if one["pauc"]["value"] is not None else "",
         "cells": [
             cell(one["pauc"], "area", notes),
             cell(one["difference"], "signed", notes),

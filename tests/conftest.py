@@ -170,3 +170,57 @@ def bundle_copy(bundle_dir, tmp_path) -> Path:
     import shutil
 
     return Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def pooling_models():
+    """Two models whose networks end in global average pooling and a linear layer; the second averages two networks.
+
+    As timm's networks are, but small: maps of 8 x 8 places. float32 NCHW -> logit [B].
+    """
+    import torch
+    from torch import nn
+
+    from lesionflow.models.image import Members
+
+    class Pooling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(
+                nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(8),
+                nn.ReLU6(),
+                nn.Conv2d(8, 16, 3, stride=2, padding=1),
+                nn.Hardswish(),
+            )
+            self.classifier = nn.Linear(16, 1)
+
+        def get_classifier(self) -> nn.Module:
+            return self.classifier
+
+        def forward_features(self, x):
+            return self.body(x)
+
+        def forward_head(self, features):
+            return self.classifier(features.mean((2, 3)))
+
+        def forward(self, x):
+            return self.forward_head(self.forward_features(x))
+
+    torch.manual_seed(5)
+    networks = []
+    for _ in range(3):
+        network = Pooling()
+        with torch.no_grad():
+            network.train()(torch.randn(64, 3, SIZE, SIZE))
+            network.classifier.weight.mul_(10)
+        networks.append(network.eval())
+    return [Members(networks[:1]), Members(networks[1:])]
+
+
+@pytest.fixture(scope="session")
+def mapped_bundle(export_tiny, pooling_models, tmp_path_factory) -> Path:
+    """A verified bundle whose graph gives class-activation maps."""
+    out = tmp_path_factory.mktemp("mapped") / "bundle"
+    export_tiny(out, models=pooling_models, info={"name": "mapped", "thresholds": {"refer": {"logit": 0.0}}})
+    return out

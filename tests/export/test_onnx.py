@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lesionflow.bundle import Bundle
+from lesionflow.bundle import Bundle, write_manifest
 from lesionflow.data.images import PreprocessSpec
-from lesionflow.errors import GateRefused, UsageError
+from lesionflow.errors import DataError, GateRefused, UsageError
 from lesionflow.serving.predictor import Predictor
 
 SIZE = 32
@@ -185,3 +185,102 @@ def test_the_exporter_is_silent(export_tiny, tmp_path, capfd):
     export_tiny(tmp_path / "bundle")
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+# --- Class-activation maps -------------------------------------------------------------------------------------------
+
+
+def maps_by_hand(models, pixels, spec, flips=False):
+    """Weights x features + bias from the definition, float64 [N, h, w], without the code under test."""
+    x = torch.from_numpy(pixels).double().permute(0, 3, 1, 2) / 255
+    x = (x - torch.tensor(spec.mean).view(1, 3, 1, 1)) / torch.tensor(spec.std).view(1, 3, 1, 1)
+    folds = []
+    for model in models:
+        members = []
+        for network in copy_of(model).double().networks:
+            weight, bias = network.classifier.weight[0], network.classifier.bias
+            for axes in [[], [2], [3], [2, 3]] if flips else [[]]:
+                with torch.no_grad():
+                    features = network.forward_features(torch.flip(x, axes))
+                cam = (features * weight.view(1, -1, 1, 1)).sum(1, keepdim=True) + bias
+                members.append(torch.flip(cam, axes)[:, 0].detach().numpy())
+        folds.append(np.mean(members, axis=0))
+    return np.mean(folds, axis=0)
+
+
+@pytest.mark.parametrize("tta", ["none", "flips"])
+def test_the_graphs_maps_are_the_definition_and_their_mean_is_the_logit(export_tiny, pooling_models, tmp_path, tta):
+    result = export_tiny(tmp_path / "bundle", models=pooling_models, tta=tta)
+    predictor, images = Predictor(tmp_path / "bundle"), pixels(21)
+    fold_logits, logit, cam = predictor.graph.explained(images)
+    assert cam.shape == (21, 8, 8)
+    assert predictor.graph.explained(images[:0])[2].shape == (0, 8, 8)
+    np.testing.assert_allclose(cam, maps_by_hand(pooling_models, images, predictor.spec, tta == "flips"), atol=1e-4)
+    np.testing.assert_allclose(cam.mean((1, 2)), logit, atol=1e-5)
+    assert np.abs(cam - logit[:, None, None]).max() > 0.05, "the maps must vary for this test to mean anything"
+    np.testing.assert_array_equal(predictor.logits(images)[0], fold_logits)
+    assert 0 <= result["parity"]["cam_max_abs"] <= 1e-4
+    info = Bundle.open(tmp_path / "bundle").info
+    assert info["graph"]["outputs"][2] == {"name": "cam", "datatype": "FP32", "shape": [-1, 8, 8]}
+    session = ort.InferenceSession(tmp_path / "bundle/image.onnx")
+    assert [output.name for output in session.get_outputs()] == ["fold_logits", "logit", "cam"]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "expected"),
+    [
+        ("test_efficientnet", 64, (2, 2)),
+        ("test_resnet", 96, (3, 3)),
+        ("tf_efficientnet_lite0", 96, (3, 3)),
+        ("test_efficientnet", 32, None),  # One place is no map.
+        # Something nonlinear comes after the pooling, or there is none: a mean over places isn't the logit.
+        ("mobilenetv3_small_050", 96, None),
+        ("test_convnext", 96, None),
+        ("test_vit", 160, None),
+    ],
+)
+def test_only_networks_whose_maps_are_exact_have_any(backbone, size, expected):
+    import timm
+
+    from lesionflow.export.graph import map_shape
+
+    torch.manual_seed(0)
+    network = timm.create_model(backbone, num_classes=1).eval()
+    assert map_shape([network], torch.randn(3, 3, size, size)) == expected
+
+
+def test_a_graph_without_maps_says_so(bundle_dir):
+    assert [o["name"] for o in Bundle.open(bundle_dir).info["graph"]["outputs"]] == ["fold_logits", "logit"]
+    assert "cam_max_abs" not in Bundle.open(bundle_dir).info["parity"]
+    graph = Predictor(bundle_dir).graph
+    assert graph.cam_shape is None
+    with pytest.raises(UsageError, match="no class-activation maps"):
+        graph.explained(pixels(1))
+
+
+def test_a_head_that_only_looks_linear_is_found_out(export_tiny, pooling_models, tmp_path):
+    """The classifier is there, but the network clips its logit: only the figures show that the map isn't exact."""
+    odd = copy_of(pooling_models[0])
+    head = odd.networks[0].forward_head
+    odd.networks[0].forward_head = lambda features: head(features).clamp(max=-0.05)
+    export_tiny(tmp_path / "bundle", models=[odd])
+    assert len(Bundle.open(tmp_path / "bundle").info["graph"]["outputs"]) == 2
+
+
+def test_maps_that_differ_from_torchs_refuse_the_export(export_tiny, pooling_models, tmp_path, monkeypatch):
+    """Planted: the graph forgets to mirror a map back. Its mean is still the logit; its places are wrong."""
+    from lesionflow.export import graph
+
+    monkeypatch.setattr(graph, "_map", lambda network, features, right=graph._map: right(network, features).flip(1))
+    with pytest.raises(GateRefused, match="class-activation maps"):
+        export_tiny(tmp_path / "bundle", models=pooling_models)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_without_the_maps_that_bundle_json_lists_is_refused(bundle_copy):
+    info = json.loads((bundle_copy / "bundle.json").read_text())
+    info["graph"]["outputs"].append({"name": "cam", "datatype": "FP32", "shape": [-1, 2, 2]})
+    (bundle_copy / "bundle.json").write_text(json.dumps(info))
+    write_manifest(bundle_copy)
+    with pytest.raises(DataError, match="cam"):
+        Predictor(bundle_copy)

@@ -64,6 +64,12 @@ def test_smaller_batches_and_gpus(bundle_dir, tmp_path):
         write_repository(bundle_dir, tmp_path / "r", max_batch=0)
 
 
+def test_maps_are_offered_where_the_graph_gives_them(mapped_bundle, tmp_path):
+    text = (write_repository(mapped_bundle, tmp_path / "r") / "mapped/config.pbtxt").read_text()
+    assert 'reshape { shape: [ ] } },\n  { name: "cam" data_type: TYPE_FP32 dims: [ 8, 8 ] }\n]' in text
+    assert text.count("{") == text.count("}")
+
+
 def test_a_bundle_that_does_not_verify_leaves_what_was_there(bundle_copy, tmp_path):
     out = write_repository(bundle_copy, tmp_path / "r")
     before = (out / "tiny/config.pbtxt").read_text()

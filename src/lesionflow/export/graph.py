@@ -1,4 +1,10 @@
-"""K torch models to one ONNX graph, from uint8 pixels to logits."""
+"""K torch models to one ONNX graph, from uint8 pixels to logits and, where they are exact, class-activation maps.
+
+A network that ends in global average pooling and one linear layer gives its logit as the mean over places of
+weights x features + bias. Before the mean this is a map that says which places the logit comes from: the
+class-activation map of Zhou et al. (2016), here with the bias, so that its mean *is* the logit. For any other head the
+map would be a guess, and the graph has none.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from lesionflow.data.images import PreprocessSpec
 from lesionflow.errors import UsageError, missing_extra
@@ -20,31 +27,92 @@ IR_VERSION = 8
 """The file format of that opset's time."""
 
 
+EXACT = 1e-4
+"""Largest difference between a network's logit and the mean of its map, relative to the map's largest value."""
+
+
+def networks(model: torch.nn.Module) -> list[Any]:
+    """The networks whose logits `model` averages: those of `models.image.Members`, else itself."""
+    members = getattr(model, "networks", None)
+    return list(members) if isinstance(members, torch.nn.ModuleList) else [model]
+
+
+def map_shape(models: Sequence[torch.nn.Module], x: torch.Tensor) -> tuple[int, int] | None:
+    """Height and width of the class-activation maps, None unless every network's is exact on `x`.
+
+    x: float32 [B, 3, S, S], normalised pixels.
+    """
+    shapes = set()
+    for network in (one for model in models for one in networks(model)):
+        linear = network.get_classifier() if hasattr(network, "get_classifier") else None
+        if not isinstance(linear, torch.nn.Linear) or not hasattr(network, "forward_features"):
+            return None
+        with torch.inference_mode():
+            features, expected = network.forward_features(x), network(x).flatten()
+            if features.ndim != 4 or features.shape[1] != linear.in_features or linear.out_features != 1:
+                return None
+            # What a head does beside pooling and the linear layer would show as a difference here.
+            cam = _map(network, features)
+            off = (cam.mean((1, 2)) - expected).abs().max()
+            if not off <= EXACT * cam.abs().max().clamp(min=1.0):
+                return None
+            shapes.add((int(cam.shape[1]), int(cam.shape[2])))
+    # One place alone is no map: it would say the logit again.
+    return shapes.pop() if len(shapes) == 1 and shapes != {(1, 1)} else None
+
+
+def _map(network: Any, features: torch.Tensor) -> torch.Tensor:
+    """Features [B, C, h, w] to the class-activation map [B, h, w]."""
+    linear = network.get_classifier()
+    cam: torch.Tensor = functional.conv2d(features, linear.weight[:, :, None, None], linear.bias)[:, 0]
+    return cam
+
+
 class _Whole(torch.nn.Module):
-    """uint8 NHWC pixels to (fold_logits [B, K], logit [B]), all models in one graph."""
+    """uint8 NHWC pixels to (fold_logits [B, K], logit [B]) and with `maps` cam [B, h, w], all models in one graph."""
 
     scale: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, models: Sequence[torch.nn.Module], spec: PreprocessSpec, tta: str) -> None:
+    def __init__(self, models: Sequence[torch.nn.Module], spec: PreprocessSpec, tta: str, maps: bool) -> None:
         super().__init__()
-        self.models = torch.nn.ModuleList(models)
+        self.models, self.maps = torch.nn.ModuleList(models), maps
         self.flips = tta == "flips"
         mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) * 255 for v in (spec.mean, spec.std))
         self.register_buffer("scale", (1 / std).float())
         self.register_buffer("shift", (-mean / std).float())
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = image.permute(0, 3, 1, 2).to(torch.float32) * self.scale + self.shift
         views = [x, x.flip(3), x.flip(2), x.flip(2, 3)] if self.flips else [x]
         x = torch.cat(views) if self.flips else x
-        columns = [model(x).reshape(len(views), -1).mean(0) for model in self.models]
-        fold_logits = torch.stack(columns, dim=1)
-        return fold_logits, fold_logits.mean(1)
+        answers = [self._answer(model, x) for model in self.models]
+        fold_logits = torch.stack([logit.reshape(len(views), -1).mean(0) for logit, *_ in answers], dim=1)
+        outputs = fold_logits, fold_logits.mean(1)
+        if not self.maps:
+            return outputs
+        cam = torch.stack([maps for _, maps in answers]).mean(0)
+        if self.flips:
+            plain, across, down, both = cam.reshape(len(views), -1, *cam.shape[1:]).unbind(0)
+            cam = torch.stack([plain, across.flip(2), down.flip(1), both.flip(1, 2)]).mean(0)
+        return *outputs, cam
+
+    def _answer(self, model: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The model's logits, and with `maps` its map."""
+        if not self.maps:
+            return (model(x),)
+        found = []
+        for network in networks(model):
+            features = network.forward_features(x)
+            found.append((network.forward_head(features).flatten(), _map(network, features)))
+        return tuple(torch.stack(parts).mean(0) for parts in zip(*found, strict=True))
 
 
-def graph_bytes(models: Sequence[torch.nn.Module], spec: PreprocessSpec, tta: str) -> bytes:
+def graph_bytes(models: Sequence[torch.nn.Module], spec: PreprocessSpec, tta: str, *, maps: bool = False) -> bytes:
     """The ONNX file: `image` uint8 [B, S, S, 3] to `fold_logits` [B, K] and `logit` [B], with B dynamic.
+
+    With `maps`, which takes models that have a `map_shape`, it also gives `cam` [B, h, w], the mean of the models'
+    class-activation maps. Mirrored views' maps are mirrored back before they are averaged.
 
     Raises `UsageError` if torch can't export the models.
     """
@@ -57,12 +125,12 @@ def graph_bytes(models: Sequence[torch.nn.Module], spec: PreprocessSpec, tta: st
     try:
         with _quiet():
             program = torch.onnx.export(
-                _Whole(models, spec, tta).eval(),
+                _Whole(models, spec, tta, maps).eval(),
                 (example,),
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 input_names=["image"],
-                output_names=["fold_logits", "logit"],
+                output_names=["fold_logits", "logit", *(["cam"] if maps else [])],
                 opset_version=OPSET,
                 verbose=False,
             )

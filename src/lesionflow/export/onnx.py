@@ -3,7 +3,8 @@
 The K models become one ONNX graph that takes uint8 pixels: it normalises, mirrors if asked to, runs
 every model and averages the logits. The graph then answers for stored lesions through the very
 class that serves it, and torch answers through a separate path; a difference above the tolerance
-refuses the export. The bundle grows in a temporary folder beside its place and is renamed once it
+refuses the export. So does a class-activation map whose mean isn't the logit, or that isn't the map that torch finds
+by the gradient. The bundle grows in a temporary folder beside its place and is renamed once it
 is complete, so a refused or interrupted export leaves what was there before.
 """
 
@@ -27,9 +28,13 @@ from lesionflow import __version__
 from lesionflow.bundle import ANSWERS, CARD, FORMAT, GRAPH, INFO, MANIFEST, NOTICE, Bundle, check_info, write_manifest
 from lesionflow.data.images import PreprocessSpec, to_pixels
 from lesionflow.errors import GateRefused, UsageError
-from lesionflow.export.graph import OPSET, graph_bytes
+from lesionflow.export.graph import OPSET, graph_bytes, map_shape, networks
 from lesionflow.keys import atomic, write_json, write_text
+from lesionflow.serving.explain import cams
 from lesionflow.serving.predictor import Predictor
+
+MAP_LESIONS = 8
+"""Parity lesions on which maps are compared: by the gradient they cost three times what logits do."""
 
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(png|jpg|jpeg)")
 
@@ -54,8 +59,11 @@ def export_bundle(
     `parity_images` is uint8 [N, S, S, 3]. `reference` are (file name, PNG or JPEG bytes) of synthetic
     lesions, kept in the bundle with the answers. `tta` "flips" averages over four mirror images.
 
+    Where the models' class-activation maps are exact (`graph.map_shape`) the graph gives them as `cam`, and
+    `graph.outputs` in bundle.json lists it; for other networks there is none.
+
     Raises `GateRefused`, and leaves what `out` was before, if torch and the graph differ by more than
-    `tolerance` in any logit or either says NaN; `UsageError` for models that can't be exported.
+    `tolerance` in any logit or map, or either says NaN; `UsageError` for models that can't be exported.
     """
     out = Path(out)
     _check_arguments(models, out, spec, parity_images, reference, tta)
@@ -65,13 +73,16 @@ def export_bundle(
     try:
         work.chmod(0o755)
         started = time.perf_counter()
+        maps = map_shape(members, _normalised(parity_images[:MAP_LESIONS], spec))
         with atomic(work / GRAPH) as file:
-            file.write(graph_bytes(members, spec, tta))
+            file.write(graph_bytes(members, spec, tta, maps=maps is not None))
         seconds = time.perf_counter() - started
-        content = _content(info, spec, len(members), tta)
+        content = _content(info, spec, len(members), tta, maps)
         write_json(work / INFO, content)
         predictor = Predictor(Bundle.open(work, verify=False))
         parity = _parity(members, predictor, parity_images, tolerance, spec, tta)
+        if maps:
+            parity["cam_max_abs"] = _map_parity(members, predictor, parity_images[:MAP_LESIONS], tolerance, spec, tta)
         content["parity"] = parity
         write_json(work / INFO, content)
         write_text(work / CARD, card if card is not None else _plain_card(content))
@@ -122,21 +133,76 @@ def _parity(
     return figures
 
 
+def _map_parity(
+    models: Sequence[torch.nn.Module],
+    predictor: Predictor,
+    images: NDArray[np.uint8],
+    tolerance: float,
+    spec: PreprocessSpec,
+    tta: str,
+) -> float:
+    """Largest difference of the graph's maps to torch's, and of their means to the logits; `GateRefused` if too large.
+
+    `tolerance` is relative to the maps' largest value, because a place's share can be far larger than the logit.
+    """
+    found, (_, logit) = cams(predictor.graph, images).astype(np.float64), predictor.logits(images)
+    expected = _torch_maps(models, images, spec, tta)
+    worst = max(float(np.abs(found - expected).max()), float(np.abs(found.mean((1, 2)) - logit).max()))
+    if not worst <= tolerance * max(1.0, float(np.abs(expected).max())):  # Nor is NaN.
+        raise GateRefused(
+            f"parity: on {len(images)} lesions the exported graph's class-activation maps are up to {worst:.3g} off "
+            f"torch's or their mean off the logit, and {tolerance:g} of their largest value is allowed: nothing was "
+            "exported; raise gate.parity only if you know why they differ"
+        )
+    return worst
+
+
+def _normalised(images: NDArray[np.uint8], spec: PreprocessSpec) -> torch.Tensor:
+    """uint8 [N, S, S, 3] to float32 [N, 3, S, S], written apart from `export.graph` so that its mistakes show."""
+    unit = torch.from_numpy(images.astype(np.float32) / 255.0)
+    # In memory still channels last: faster.
+    return ((unit - torch.tensor(spec.mean)) / torch.tensor(spec.std)).movedim(3, 1)
+
+
+def _mirrors(tta: str) -> list[list[int]]:
+    return [[], [3], [2], [2, 3]] if tta == "flips" else [[]]
+
+
 def _torch_logits(
     models: Sequence[torch.nn.Module], images: NDArray[np.uint8], spec: PreprocessSpec, tta: str
 ) -> NDArray[np.float64]:
-    """float64 [N, K] by torch, written apart from `export.graph` so that its mistakes show."""
+    """float64 [N, K] by torch."""
     rows = []
     for start in range(0, len(images), 16):
-        unit = torch.from_numpy(images[start : start + 16].astype(np.float32) / 255.0)
-        x = ((unit - torch.tensor(spec.mean)) / torch.tensor(spec.std)).movedim(
-            3, 1
-        )  # In memory still channels last: faster.
-        axes: list[list[int]] = [[], [3], [2], [2, 3]] if tta == "flips" else [[]]
+        x = _normalised(images[start : start + 16], spec)
         with torch.inference_mode():
-            views = [[model(torch.flip(x, axis)).flatten() for model in models] for axis in axes]
+            views = [[model(torch.flip(x, axes)).flatten() for model in models] for axes in _mirrors(tta)]
         rows.append(np.mean([torch.stack(view, dim=1).double().numpy() for view in views], axis=0))
     return np.concatenate(rows)
+
+
+def _torch_maps(
+    models: Sequence[torch.nn.Module], images: NDArray[np.uint8], spec: PreprocessSpec, tta: str
+) -> NDArray[np.float64]:
+    """float64 [N, h, w] by torch, from the gradient: what a place's features add to the logit, times the places.
+
+    The part of the logit that no feature adds, the bias, belongs to every place alike.
+    """
+    x, maps = _normalised(images, spec), []
+    for model in models:
+        for axes in _mirrors(tta):
+            for network in networks(model):
+                with torch.no_grad():
+                    features = network.forward_features(torch.flip(x, axes))
+                features = features.requires_grad_()
+                logit = network.forward_head(features).flatten()
+                (gradient,) = torch.autograd.grad(logit.sum(), features)
+                share = (gradient * features).sum(1)
+                rest = (logit - share.sum((1, 2)))[:, None, None]
+                cam = share * share[0].numel() + rest
+                weight = 1 / (len(models) * len(_mirrors(tta)) * len(networks(model)))
+                maps.append(torch.flip(cam, [axis - 1 for axis in axes]).detach().double() * weight)
+    return np.asarray(torch.stack(maps).sum(0).numpy())
 
 
 def _write_reference(work: Path, predictor: Predictor, reference: Sequence[tuple[str, bytes]]) -> None:
@@ -152,8 +218,16 @@ def _write_reference(work: Path, predictor: Predictor, reference: Sequence[tuple
     write_json(work / ANSWERS, {"answers": answers, "notice": NOTICE})
 
 
-def _content(info: Mapping[str, Any], spec: PreprocessSpec, models: int, tta: str) -> dict[str, Any]:
+def _content(
+    info: Mapping[str, Any], spec: PreprocessSpec, models: int, tta: str, maps: tuple[int, int] | None
+) -> dict[str, Any]:
     batch_of = [-1, spec.size, spec.size, 3]
+    outputs = [
+        {"name": "fold_logits", "datatype": "FP32", "shape": [-1, models]},
+        {"name": "logit", "datatype": "FP32", "shape": [-1]},
+    ]
+    if maps:
+        outputs.append({"name": "cam", "datatype": "FP32", "shape": [-1, *maps]})
     content = {
         "name": "lesionflow",
         "calibration": {"kind": "identity", "a": 1.0, "b": 0.0},
@@ -169,10 +243,7 @@ def _content(info: Mapping[str, Any], spec: PreprocessSpec, models: int, tta: st
             "file": GRAPH,
             "opset": OPSET,
             "inputs": [{"name": "image", "datatype": "UINT8", "shape": batch_of}],
-            "outputs": [
-                {"name": "fold_logits", "datatype": "FP32", "shape": [-1, models]},
-                {"name": "logit", "datatype": "FP32", "shape": [-1]},
-            ],
+            "outputs": outputs,
         },
         "notice": NOTICE,
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lesionflow.bundle import GRAPH, Bundle
 from lesionflow.errors import DataError, UsageError
+from lesionflow.serving.graph import cam_shape
 
 CONFIG = "config.pbtxt"
 PREFERRED = (16, 32, 64)
@@ -63,11 +64,14 @@ def model_config(bundle: Bundle, *, max_batch: int = 64, gpu: bool = False) -> s
         ("fold_logits", "FP32", [-1, models]),
         ("logit", "FP32", [-1]),
     ]
+    if shape := cam_shape(bundle):
+        expected.append(("cam", "FP32", [-1, *shape]))
     if found != expected:
         raise DataError(f"{bundle.path}: bundle.json's graph has {found}, not {expected}: export the bundle again")
     preferred = sorted({min(size, max_batch) for size in PREFERRED})
     # Triton's dims leave the batch out and may not be empty: `logit` is one value a lesion to a client,
     # and the reshape says that the graph gives it without that dimension.
+    maps = f',\n  {{ name: "cam" data_type: TYPE_FP32 dims: [ {shape[0]}, {shape[1]} ] }}' if shape else ""
     return f"""name: "{bundle.name}"
 backend: "onnxruntime"
 max_batch_size: {max_batch}
@@ -76,7 +80,7 @@ input [
 ]
 output [
   {{ name: "fold_logits" data_type: TYPE_FP32 dims: [ {models} ] }},
-  {{ name: "logit" data_type: TYPE_FP32 dims: [ 1 ] reshape {{ shape: [ ] }} }}
+  {{ name: "logit" data_type: TYPE_FP32 dims: [ 1 ] reshape {{ shape: [ ] }} }}{maps}
 ]
 dynamic_batching {{
   preferred_batch_size: [ {", ".join(map(str, preferred))} ]

@@ -1,4 +1,4 @@
-"""The bundle's graph, running in this process on ONNX Runtime: pixels in, logits out.
+"""The bundle's graph, running in this process on ONNX Runtime: pixels in, logits and maps out.
 
 Batches are cut into pieces of `GRAPH_BATCH` views, so memory stays bounded however many lesions come.
 """
@@ -6,13 +6,14 @@ Batches are cut into pieces of `GRAPH_BATCH` views, so memory stays bounded howe
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lesionflow.bundle import GRAPH, Bundle
 from lesionflow.data.images import Pixels
-from lesionflow.errors import DataError, missing_extra
+from lesionflow.errors import DataError, UsageError, missing_extra
 
 GRAPH_BATCH = 16
 """Views per call: larger batches fall out of a CPU's cache and are slower (five lite0: 121/s at 16, 103/s at 64)."""
@@ -40,6 +41,8 @@ class Graph:
             raise missing_extra("onnxruntime", "serve") from None
         self._where = bundle.path / GRAPH
         self._size, self._models = bundle.spec.size, bundle.models
+        self.cam_shape = cam_shape(bundle)
+        """Height and width of the class-activation maps, None if the graph gives none."""
         self._batch = max(1, GRAPH_BATCH // VIEWS[bundle.info.get("tta", "none")])
         data = bundle.read(GRAPH)
         options = ort.SessionOptions()
@@ -60,14 +63,33 @@ class Graph:
 
         Raises `DataError` for any other shape or type.
         """
+        fold_logits, logit = self._run(pixels, {"fold_logits": (self._models,), "logit": ()})
+        return fold_logits, logit
+
+    def explained(self, pixels: Pixels) -> tuple[Floats, Floats, Floats]:
+        """As `logits`, and `cam` float32 [B, h, w]: the class-activation map, whose mean is the logit.
+
+        Raises `UsageError` if the graph gives no maps.
+        """
+        if self.cam_shape is None:
+            raise UsageError(
+                f"{self._where}: gives no class-activation maps: its networks don't end in global average pooling and "
+                "one linear layer, or it was exported before maps were; export the bundle again with such a backbone"
+            )
+        shapes = {"fold_logits": (self._models,), "logit": (), "cam": self.cam_shape}
+        fold_logits, logit, cam = self._run(pixels, shapes)
+        return fold_logits, logit, cam
+
+    def _run(self, pixels: Pixels, shapes: Mapping[str, tuple[int, ...]]) -> list[Floats]:
+        """The outputs named in `shapes` (name -> shape of one lesion's), float32 [B, ...] each."""
         check_pixels(pixels, self._size)
-        fold_logits = np.empty((len(pixels), self._models), dtype=np.float32)
-        logit = np.empty(len(pixels), dtype=np.float32)
+        outputs = [np.empty((len(pixels), *shape), dtype=np.float32) for shape in shapes.values()]
         for start in range(0, len(pixels), self._batch):
             rows = slice(start, start + self._batch)
             feed = {"image": np.ascontiguousarray(pixels[rows])}
-            fold_logits[rows], logit[rows] = self._session.run(["fold_logits", "logit"], feed)
-        return fold_logits, logit
+            for output, found in zip(outputs, self._session.run(list(shapes), feed), strict=True):
+                output[rows] = found
+        return outputs
 
     def _check(self) -> None:
         size = self._size
@@ -76,12 +98,29 @@ class Graph:
         expected = {"image": ("tensor(uint8)", [size, size, 3])}
         if inputs != expected:
             raise DataError(f"{self._where}: takes {inputs}, bundle.json says {expected}: export the bundle again")
-        for name, rest in (("fold_logits", [self._models]), ("logit", [])):
+        promised: dict[str, list[int]] = {"fold_logits": [self._models], "logit": []}
+        if self.cam_shape:
+            promised["cam"] = list(self.cam_shape)
+        for name, rest in promised.items():
             if outputs.get(name) != ("tensor(float)", rest):
                 raise DataError(
                     f"{self._where}: gives {name} as {outputs.get(name)}, bundle.json says float {rest}: "
                     "export the bundle again"
                 )
+
+
+def cam_shape(bundle: Bundle) -> tuple[int, int] | None:
+    """Height and width of the maps that bundle.json says the graph gives, None if it gives none.
+
+    Raises `DataError` if it lists them in another shape.
+    """
+    for output in bundle.info["graph"].get("outputs", []):
+        if output.get("name") == "cam":
+            shape = output.get("shape")
+            if not isinstance(shape, list) or len(shape) != 3 or not all(isinstance(n, int) for n in shape):
+                raise DataError(f"{bundle.path}: bundle.json has cam as {shape}: export the bundle again")
+            return int(shape[1]), int(shape[2])
+    return None
 
 
 def check_pixels(pixels: Pixels, size: int) -> None:

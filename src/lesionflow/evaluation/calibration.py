@@ -18,7 +18,8 @@ from lesionflow.errors import DataError
 from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, Figure, Interval
 from lesionflow.evaluation.metrics import Floats, Groups, Ints, checked, codes
 from lesionflow.evaluation.prevalence import linearised, pulls, stated, too_few, weights
-from lesionflow.evaluation.rates import beta_quantile, effective_size
+from lesionflow.evaluation.quantiles import beta_quantile
+from lesionflow.evaluation.rates import effective_size
 
 LEAST_SLOPE = 1e-6
 """Per standard deviation of the logit. Scores that rank the wrong way keep their order and say nothing."""

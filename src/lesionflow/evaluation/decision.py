@@ -20,7 +20,8 @@ from lesionflow.errors import DataError
 from lesionflow.evaluation.intervals import FEWEST_MALIGNANT
 from lesionflow.evaluation.metrics import Groups, checked, codes
 from lesionflow.evaluation.prevalence import stated, too_few
-from lesionflow.evaluation.rates import beta_quantile, effective_size
+from lesionflow.evaluation.quantiles import beta_quantile
+from lesionflow.evaluation.rates import effective_size
 
 METHOD = "patient-clustered Clopper-Pearson of both classes, joined by MOVER, pointwise"
 

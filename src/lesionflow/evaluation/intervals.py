@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from lesionflow.evaluation.metrics import MIN_TPR, Floats, Groups
+from lesionflow.evaluation.quantiles import satterthwaite, student_quantile
 from lesionflow.evaluation.resample import Measure, Patients, partial_area
 
 FEWEST_MALIGNANT = 20
@@ -81,6 +83,8 @@ class Sampled:
     values: Floats
     errors: Floats
     """Figure and standard error per replicate, float64 [R]."""
+    freedom: float
+    """Degrees of freedom of `error`: few where few groups make it up."""
 
 
 def bootstrap_pauc(
@@ -159,13 +163,15 @@ def mean_figures(
         values = [sum(float(one[i][0][0]) for one in points) / count for i in range(len(measures))]
         return [Figure(value, _refused(parts, level, reason)) for value in values]
     per_part = [sample(p, measures, replicates, seed + i) for i, p in enumerate(parts)]
-    result = []
+    result: list[Figure] = []
     for measure, each in zip(measures, zip(*per_part, strict=True), strict=True):
+        variance = sum(one.error**2 for one in each)
         mean = Sampled(
             sum(one.value for one in each) / count,
-            sum(one.error**2 for one in each) ** 0.5 / count,
+            variance**0.5 / count,
             np.mean([one.values for one in each], axis=0),
             np.sqrt(np.sum([one.errors**2 for one in each], axis=0)) / count,
+            variance**2 / max(sum(one.error**4 / one.freedom for one in each), 1e-300),
         )
         result.append(_figure(mean, measure, parts, replicates, level))
     return result
@@ -175,10 +181,14 @@ def sample(patients: Patients, measures: Sequence[Measure], replicates: int, see
     """The measures of the first score vector, with their bootstrap distributions."""
     table = patients.tables[0]
     drawn = [table.estimate(w, measures) for w in patients.draws(replicates, seed)]
-    result = []
-    for i, (value, error) in enumerate(table.estimate(patients.everyone(), measures)):
+    cells, result = table.times(patients.everyone()), []
+    for i, measure in enumerate(measures):
+        value, per_lesion = measure.influence(*cells)
+        squares = table.spread(per_lesion)[0] ** 2
+        variance, fourths = (float((patients.multiplicity * x).sum()) for x in (squares, squares**2))
         values, errors = (np.concatenate([chunk[i][j] for chunk in drawn]) for j in (0, 1))
-        result.append(Sampled(float(value[0]), float(error[0]), values, errors))
+        freedom = satterthwaite(variance, fourths, patients.groups)
+        result.append(Sampled(float(value[0]), variance**0.5, values, errors, freedom))
     return result
 
 
@@ -199,6 +209,7 @@ def _interval(one: Sampled, measure: Measure, parts: Sequence[Patients], replica
     centre = np.log(one.value / (maximum - one.value))
     error = one.error * maximum / (one.value * (maximum - one.value))
     high_t, low_t = np.quantile(t, [(1 + level) / 2, (1 - level) / 2])
+    high_t *= student_quantile((1 + level) / 2, one.freedom) / NormalDist().inv_cdf((1 + level) / 2)
     low, high = (maximum / (1 + np.exp(error * q - centre)) for q in (high_t, low_t))
     return _made(min(low, one.value), max(high, one.value), METHOD, parts, level, replicates, replicates - len(t))
 

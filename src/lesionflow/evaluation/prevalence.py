@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from lesionflow.errors import UsageError
 from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, Figure, Interval
 from lesionflow.evaluation.metrics import Floats, Ints
-from lesionflow.evaluation.rates import student_quantile
+from lesionflow.evaluation.quantiles import student_quantile
 
 METHOD = "patient-clustered, linearised, t"
 Scale = tuple[Callable[[float], float], Callable[[float], float], Callable[[float], float]]

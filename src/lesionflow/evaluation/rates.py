@@ -13,8 +13,7 @@ A share of few malignant lesions that are found or missed one by one, such as a 
 
 from __future__ import annotations
 
-from functools import lru_cache
-from math import exp, lgamma, log, log1p
+from math import exp
 from typing import Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from numpy.typing import ArrayLike
 from lesionflow.errors import DataError, UsageError
 from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED, Figure, Interval
 from lesionflow.evaluation.metrics import Floats, Groups, Ints, codes
+from lesionflow.evaluation.quantiles import beta_quantile, satterthwaite, student_quantile
 
 Kind = Literal["share", "positive", "real"]
 METHOD = "cluster-robust t, {} scale"
@@ -75,10 +75,8 @@ def rate(
         low, high = _limit(value, kind, clusters, level)
         reason = None if low is not None else "the figure does not vary"
         return Figure(value, Interval(low, high, level, METHOD_LIMIT, 0, 0, clusters, malignant, reason))
-    freedom = clusters - 1.0
-    if (uneven := float((residual**4).sum()) - squared**2 / clusters) > 0:
-        freedom = min(freedom, max(2.0, 2 * squared**2 / uneven))
-    reach = student_quantile((1 + level) / 2, round(freedom, 2)) * np.sqrt(squared * clusters / (clusters - 1))
+    freedom = satterthwaite(squared, float((residual**4).sum()), clusters)
+    reach = student_quantile((1 + level) / 2, freedom) * np.sqrt(squared * clusters / (clusters - 1))
     low, high = _around(value, float(reach), kind)
     return Figure(value, Interval(low, high, level, method, 0, 0, clusters, malignant))
 
@@ -121,50 +119,6 @@ def effective_size(found: Floats, owner: Ints) -> float:
     return min(float(count), share * (1 - share) / variance * certainty**2)
 
 
-def beta_quantile(a: float, b: float, probability: float) -> float:
-    """The quantile of the Beta(a, b) distribution by bisection, to 1e-12."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if beta_cdf(a, b, middle) < probability else (low, middle)
-        if high - low < 1e-13:
-            break
-    return (low + high) / 2
-
-
-def beta_cdf(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), by Lentz's continued fraction, to about 1e-12."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - beta_cdf(b, a, 1 - x)
-    front = exp(lgamma(a + b) - lgamma(a) - lgamma(b) + a * log(x) + b * log1p(-x)) / a
-    c, d = 1.0, 1 / _away(1 - (a + b) * x / (a + 1))
-    fraction = d
-    for m in range(1, 10_000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        d, c = 1 / _away(1 + even * d), _away(1 + even / c)
-        fraction *= d * c
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d, c = 1 / _away(1 + odd * d), _away(1 + odd / c)
-        fraction *= d * c
-        if abs(d * c - 1) < 1e-14:
-            break
-    return front * fraction
-
-
-def _away(value: float) -> float:
-    """The value, or something tiny in place of zero."""
-    return value if abs(value) > 1e-300 else 1e-300
-
-
-@lru_cache(maxsize=4096)
-def student_quantile(probability: float, freedom: float) -> float:
-    """The quantile of Student's t, for a probability above one half."""
-    x = beta_quantile(freedom / 2, 0.5, 2 * (1 - probability))
-    return float(np.sqrt(freedom * (1 - x) / x))
-
-
 def _sums(numerator: ArrayLike, denominator: ArrayLike, groups: Groups) -> tuple[Floats, Floats]:
     """Per group that has a part in the figure: float64 [G] each, in the groups' sorted order."""
     above, below = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
@@ -186,7 +140,7 @@ def exact_sums(values: Floats, owner: Ints) -> Floats:
     largest = float(np.abs(values).max(initial=0.0))
     if not largest:
         return np.zeros(int(owner.max()) + 1)
-    unit = 2.0 ** (np.frexp(largest)[1] - 26)
+    unit = 2.0 ** max(np.frexp(largest)[1] - 26, -1000)
     coarse = np.rint(values / unit)
     fine = np.rint((values / unit - coarse) * 2**26)
     return np.asarray((np.bincount(owner, coarse) + np.bincount(owner, fine) / 2**26) * unit)

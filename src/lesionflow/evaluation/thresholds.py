@@ -20,7 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from lesionflow.errors import DataError, UsageError
 from lesionflow.evaluation.metrics import Floats, Groups, Ints, checked, codes
-from lesionflow.evaluation.rates import beta_quantile, effective_size
+from lesionflow.evaluation.quantiles import beta_quantile
+from lesionflow.evaluation.rates import effective_size
 
 METHOD = "one-sided Clopper-Pearson, effective sample size by patient"
 

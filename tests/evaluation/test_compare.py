@@ -214,6 +214,7 @@ def test_the_table_fits_a_terminal_and_says_how_many_lesions_it_would_take(files
     assert "With 80 % power" in text
     low = result["pauc"]["difference"]["interval"]["low"]
     assert f"[{low:+.4f}, " in text
+    assert "…" not in text
 
 
 def test_the_command_prints_json_and_refuses_an_unknown_table(files):

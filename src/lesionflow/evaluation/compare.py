@@ -197,7 +197,7 @@ def _same_split(a: Side, b: Side) -> None:
 
 
 def _joined(a: Side, b: Side, truth: Path | None) -> pl.DataFrame:
-    """One row per lesion, in the order of ids: isic_id, target, patient_id, score_a, score_b."""
+    """One row per lesion: isic_id, target, patient_id, score_a, score_b."""
     import polars as pl
 
     known = [one for one in (a, b) if "target" in one.table.columns]
@@ -227,7 +227,7 @@ def _joined(a: Side, b: Side, truth: Path | None) -> pl.DataFrame:
         mine = one.table.select("isic_id", pl.col("score").alias(name))
         joined = tables.join(mine, joined, one.path, where, "compare both on exactly the same lesions")
     _same_folds(a, b)
-    return joined.sort("isic_id")
+    return joined
 
 
 def _agree(lesions: pl.DataFrame, one: Side, where: Path) -> None:
@@ -252,7 +252,7 @@ def render(result: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "A", "B", "A - B", "A better", box=box.SIMPLE_HEAD)
+    table = Table("", "A", "B", "A - B", "A better", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in table.columns:
         column.no_wrap = True
     for name in MEASURES:

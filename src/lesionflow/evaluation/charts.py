@@ -137,7 +137,8 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], label: str, name
     high = high if high > low else low + 1
     x: Scale = lambda v: left + width * v / right  # noqa: E731
     y: Scale = lambda v: top + height * (1 - (v - low) / (high - low))  # noqa: E731
-    body = axes(x, y, labels(nice(0, right)), labels(nice(low, high)), "epoch", label)
+    x_ticks, y_ticks = ({a: "", b: ""} | labels(nice(a, b)) for a, b in ((0.0, right), (low, high)))
+    body = axes(x, y, x_ticks, y_ticks, "epoch", label)
     if chance is not None:
         body.append(f'<path class="chance" d="{line([(0, chance), (right, chance)], x, y)}"/>')
     for i, points in enumerate(series.values()):
@@ -157,12 +158,13 @@ def svg(name: str, title: str, text: str, height: float, body: Iterable[str]) ->
 def axes(
     x: Scale, y: Scale, x_ticks: Mapping[float, str], y_ticks: Mapping[float, str], x_label: str, y_label: str
 ) -> list[str]:
+    # A tick without a text only says how far its axis reaches.
     left, right = x(min(x_ticks)), x(max(x_ticks))
     bottom, top = y(min(y_ticks)), y(max(y_ticks))
     out = [f'<path class="axis" d="M{left:.1f} {top:.1f}V{bottom:.1f}H{right:.1f}"/>']
-    for value, text in x_ticks.items():
+    for value, text in ((v, t) for v, t in x_ticks.items() if t):
         out.append(f'<text x="{x(value):.1f}" y="{bottom + 18:.1f}" text-anchor="middle">{text}</text>')
-    for value, text in y_ticks.items():
+    for value, text in ((v, t) for v, t in y_ticks.items() if t):
         out.append(f'<path class="grid" d="M{left:.1f} {y(value):.1f}H{right:.1f}"/>')
         out.append(f'<text x="{left - 7:.1f}" y="{y(value) + 4:.1f}" text-anchor="end">{text}</text>')
     middle = (top + bottom) / 2

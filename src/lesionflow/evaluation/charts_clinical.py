@@ -68,7 +68,7 @@ def decision(curve: Mapping[str, Any], name: str) -> str:
     x: Scale = lambda v: LEFT + SIDE * _share(v, low, high)  # noqa: E731
     y: Scale = lambda v: TOP + height * (top - v) / (top - floor)  # noqa: E731
     body = axes(
-        x, y, {low: "", high: ""}, {v: f"{v:g}" for v in nice(floor, top)} | {floor: ""},
+        x, y, {low: "", high: ""}, {floor: "", top: ""} | {v: f"{v:g}" for v in nice(floor, top)},
         "threshold probability", "net benefit per 10,000 lesions",
     )  # fmt: skip
     for value in _powers(low, high, inside=True):

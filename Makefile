@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: help install demo test test-slow lint bench docs clean lock
+.PHONY: help install demo test browser test-slow lint bench docs clean lock
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,8 +28,11 @@ demo: install  ## make data, train in two processes, evaluate, export, serve and
 	$(BIN)/lesionflow undeploy $(DEMO)/run; exit $$asked
 	$(BIN)/lesionflow show $(DEMO)/run
 
-test: install lint  ## lint, types and the tests (under 20 minutes on 2 cores)
+test: install lint browser  ## lint, types and the tests (under 20 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+browser: install  ## Chromium (apt) and axe-core (npm) for the tests of pages, as root; else says what to install
+	$(BIN)/python tests/browser/fetch.py
 
 test-slow: install  ## the proofs that take longer
 	$(BIN)/python -m pytest -m slow

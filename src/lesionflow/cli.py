@@ -225,19 +225,19 @@ def score(
     replicates: Annotated[int, typer.Option(help="Bootstrap replicates for the interval; 0: none.")] = 2000,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a submission: the competition's pAUC above 80 % TPR, with a patient-clustered interval.
+    """Score a submission: the competition's pAUC above 80 % TPR and its neighbours, with patient-clustered intervals.
 
     Example: lesionflow score submission.csv truth.csv --json
     """
-    from lesionflow.evaluation.scoring import score_files
+    from lesionflow.evaluation.scoring import render, score_files
 
     result = score_files(submission, truth, min_tpr=min_tpr, replicates=replicates)
     if as_json:
         print_json(result)
         return
-    from lesionflow.progress import print_score
+    from rich.console import Console
 
-    print_score(result)
+    Console().print(render(result))
 
 
 @app.command()
@@ -267,6 +267,42 @@ def compare(
     from rich.console import Console
 
     Console().print(render(result))
+
+
+@app.command()
+def report(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write it; by default RUN/report.html.")] = None,
+    include_images: Annotated[
+        bool, typer.Option("--include-images", help="Put the gallery's pictures of patients' lesions into it.")
+    ] = False,
+) -> None:
+    """Write the report of an evaluated run again: one page, no network, and no patient's picture unless asked for.
+
+    Example: lesionflow report runs/first --out first.html
+    """
+    from lesionflow import present
+
+    if include_images and out is None:
+        raise UsageError("--include-images: say where with --out FILE; RUN/report.html never holds pictures")
+    typer.echo(str(present.report(run, out, include_images=include_images)))
+
+
+@app.command()
+def explain(
+    bundle: BundleArgument,
+    images: Annotated[Path, typer.Option(help="Folder of images, HDF5 file, or data set directory.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures and explain.json.")],
+    quiet: QuietOption = False,
+) -> None:
+    """Show where a bundle's model looks: each lesion with its class-activation map over it.
+
+    Example: lesionflow explain runs/first/bundle --images crops/ --out maps
+    """
+    from lesionflow.serving.explain import explain_files
+
+    result = explain_files(bundle, images, out, progress=not quiet)
+    typer.echo(f"{out}: {result['count']} pictures and explain.json")
 
 
 @app.command(context_settings={"token_normalize_func": lambda option: option.replace("_", "-")})

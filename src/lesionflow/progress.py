@@ -143,21 +143,6 @@ def with_interval(value: float, interval: dict[str, Any] | None) -> str:
     return f"{value:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"
 
 
-def print_score(result: dict[str, Any]) -> None:
-    """A submission's score."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    table.add_row(f"pAUC above {result['min_tpr']:.0%} TPR", with_interval(result["pauc"], result["interval"]))
-    table.add_row("chance, best", f"{result['chance']:g}, {result['maximum']:g}")
-    table.add_row("AUC", with_interval(result["auc"], result["auc_interval"]))
-    table.add_row("lesions", f"{result['count']:,}, {result['malignant']:,} malignant")
-    if note := (result["groups"] or {}).get("note"):
-        table.add_row("groups", note)
-    Console().print(table)
-
-
 def print_answers(answers: list[dict[str, Any]], top: int) -> None:
     """The service's `top` most suspicious answers."""
     from rich.console import Console

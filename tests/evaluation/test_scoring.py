@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import polars as pl
 import pytest
+from rich.console import Console
 
 from lesionflow.errors import DataError
 from lesionflow.evaluation import metrics, scoring
@@ -41,26 +43,86 @@ def score(folder, submission, name="submission.csv", **options):
     return scoring.score_files(folder / name, folder / "train-metadata.csv", replicates=200, **options)
 
 
-def test_the_score_is_the_metric_s_and_comes_with_intervals_and_counts(cohort):
+def test_every_figure_is_the_metric_s_and_has_an_interval_around_it(cohort):
     folder, table, submission = cohort
     result = score(folder, submission)
-    assert result["pauc"] == metrics.pauc(table["target"], submission["target"])
-    assert result["auc"] == metrics.auc(table["target"], submission["target"])
-    assert (result["count"], result["malignant"], result["patients"]) == (800, int(table["target"].sum()), 60)
-    assert result["benign"] == 800 - result["malignant"]
-    assert result["interval"]["low"] < result["pauc"] < result["interval"]["high"]
-    assert result["auc_interval"]["low"] < result["auc"] < result["auc_interval"]["high"]
-    assert result["interval"]["clusters"] == 60
-    assert result["groups"]["kind"] == "patient"
-    assert result["min_tpr"] == 0.8
+    y, s = table["target"], submission["target"]
+    expected = {
+        "pauc": metrics.pauc(y, s), "pauc_88": metrics.pauc(y, s, 0.88), "auc": metrics.auc(y, s),
+        "average_precision": metrics.average_precision(y, s),
+    }  # fmt: skip
+    assert result["headline"] == "pooled"
+    for name, value in expected.items():
+        figure = result[name]["pooled"]
+        assert figure["value"] == pytest.approx(value, abs=1e-12)
+        assert figure["interval"]["low"] < value < figure["interval"]["high"]
+        assert figure["interval"]["clusters"] == 60
+        assert set(result[name]).isdisjoint({"rank_pooled", "mean_of_folds"})
+    assert result["retrieval"]["value"] == metrics.top_k_retrieval(y, s, table["patient_id"])
+    assert result["retrieval"]["interval"]["low"] < result["retrieval"]["value"]
+    malignant = int(y.sum())
+    assert result["counts"] == {"lesions": 800, "malignant": malignant, "benign": 800 - malignant, "folds": 1}
+    assert (result["groups"]["kind"], result["groups"]["patients"]) == ("patient", 60)
+    assert (result["pauc"]["min_tpr"], result["pauc"]["maximum"], result["pauc"]["chance"]) == (0.8, 0.2, 0.02)
     json.dumps(result, allow_nan=False)
 
 
-def test_the_sample_s_bound_is_offered(cohort):
+def test_losses_are_of_probabilities_only(cohort):
     folder, table, submission = cohort
+    logits = score(folder, submission)
+    assert logits["brier"]["value"] is logits["log_loss"]["value"] is None
+    assert "not probabilities" in logits["brier"]["interval"]["reason"]
+    probability = 1 / (1 + np.exp(-(submission["target"].to_numpy() - 4)))
+    result = score(folder, submission.with_columns(target=pl.Series(probability)))
+    assert result["brier"]["value"] == pytest.approx(metrics.brier(table["target"], probability), abs=1e-12)
+    assert result["log_loss"]["value"] == pytest.approx(metrics.log_loss(table["target"], probability), abs=1e-12)
+    assert result["brier"]["interval"]["low"] < result["brier"]["value"] < result["brier"]["interval"]["high"]
+
+
+def test_folds_give_three_figures_side_by_side(cohort):
+    folder, table, submission = cohort
+    y, s = table["target"].to_numpy(), submission["target"].to_numpy()
+    fold = np.array([int(p[-1]) % 2 for p in table["patient_id"]])
+    oof = table.select("isic_id", "target").with_columns(logit=pl.Series(s + 9 * fold), fold=pl.Series(fold))
+    result = score(folder, oof, "oof.parquet")
+    ranks = metrics.fold_rank(s, fold)
+    mean = np.mean([metrics.pauc(y[fold == f], s[fold == f]) for f in (0, 1)])
+    assert (result["headline"], result["counts"]["folds"]) == ("rank_pooled", 2)
+    assert result["pauc"]["pooled"]["value"] == pytest.approx(metrics.pauc(y, s + 9 * fold), abs=1e-12)
+    assert result["pauc"]["rank_pooled"]["value"] == pytest.approx(metrics.pauc(y, ranks), abs=1e-12)
+    assert result["pauc"]["mean_of_folds"]["value"] == pytest.approx(mean, abs=1e-12)
+    assert result["pauc"]["pooled"]["value"] < result["pauc"]["rank_pooled"]["value"] - 0.02
+    text = shown(result)
+    assert all(words in text for words in ("ranked within folds", "as they are", "mean of folds"))
+    with pytest.raises(DataError, match=r"fold is empty or not a whole number for 800 lesions"):
+        score(folder, oof.with_columns(fold=pl.lit(None, pl.Int8)), "oof.parquet")
+
+
+def shown(result):
+    console = Console(width=120, file=io.StringIO())
+    console.print(scoring.render(result))
+    return console.file.getvalue()
+
+
+def test_what_is_shown_has_every_figure_with_its_interval_or_the_reason(cohort):
+    folder, _, submission = cohort
+    result = score(folder, submission)
+    text = shown(result)
+    for name in ("pauc", "pauc_88", "auc", "average_precision"):
+        figure = result[name]["pooled"]
+        assert f"{figure['value']:.4f}" in text
+        assert f"[{figure['interval']['low']:.4f}, {figure['interval']['high']:.4f}]" in text
+    assert "not probabilities" in text
+    assert result["groups"]["note"] in " ".join(text.split())
+    few = scoring.score_files(folder / "submission.csv", folder / "train-metadata.csv", replicates=0)
+    assert "No interval: not asked for." in shown(few)
+
+
+def test_the_sample_s_bound_is_offered(cohort):
+    folder, _, submission = cohort
     result = score(folder, submission, min_tpr=0.88)
-    assert result["pauc"] == metrics.pauc(table["target"], submission["target"], 0.88)
-    assert result["maximum"] == 0.12
+    assert result["pauc"]["pooled"] == result["pauc_88"]["pooled"]
+    assert result["pauc"]["maximum"] == 0.12
 
 
 def test_rows_are_joined_by_id_whatever_their_order(cohort):
@@ -73,7 +135,8 @@ def test_an_out_of_fold_file_is_scored_by_its_logits_not_its_targets(cohort):
     oof = table.select("isic_id", "target").with_columns(logit=submission["target"])
     result = score(folder, oof, "oof.parquet")
     assert result["score_column"] == "logit"
-    assert result["pauc"] == score(folder, submission)["pauc"] < 0.2
+    assert result["pauc"] == score(folder, submission)["pauc"]
+    assert result["pauc"]["pooled"]["value"] < 0.2
 
 
 def test_unknown_patients_are_their_own_groups_and_the_note_says_so(cohort):
@@ -83,17 +146,22 @@ def test_unknown_patients_are_their_own_groups_and_the_note_says_so(cohort):
     result = score(folder, submission)
     assert result["groups"]["kind"] == "mixed"
     assert "known for 100 of 800" in result["groups"]["note"]
-    assert result["interval"]["clusters"] == 700 + result["patients"]
+    assert result["pauc"]["pooled"]["interval"]["clusters"] == 700 + result["groups"]["patients"]
+    assert result["retrieval"]["lesions"] == 100
     table.select("isic_id", "target").write_csv(folder / "train-metadata.csv")
     alone = score(folder, submission)
-    assert (alone["groups"]["kind"], alone["patients"], alone["interval"]["clusters"]) == ("lesion", 0, 800)
+    assert (alone["groups"]["kind"], alone["pauc"]["pooled"]["interval"]["clusters"]) == ("lesion", 800)
     assert "not patient-clustered" in alone["groups"]["note"]
+    assert "the patient of no lesion is known" in alone["retrieval"]["interval"]["reason"]
 
 
 def test_without_replicates_there_is_no_interval(cohort):
-    folder, _, _ = cohort
+    folder, _, submission = cohort
+    submission.with_columns(pl.col("target") / 100 + 0.5).write_csv(folder / "submission.csv")
     result = scoring.score_files(folder / "submission.csv", folder / "train-metadata.csv", replicates=0)
-    assert result["interval"] is None
+    for figure in (result["pauc"]["pooled"], result["auc"]["pooled"], result["retrieval"], result["brier"]):
+        assert figure["value"] is not None
+        assert (figure["interval"]["low"], figure["interval"]["reason"]) == (None, "not asked for")
 
 
 def broken(submission, how):

@@ -135,34 +135,47 @@ def average_precision(y: ArrayLike, s: ArrayLike) -> float:
 
 def brier(y: ArrayLike, p: ArrayLike) -> float:
     """Mean squared error of probabilities p [n]. Raises `DataError` for a p outside 0..1."""
-    truth, probability = _probabilities(y, p)
-    return float(np.mean((probability - truth) ** 2))
+    return float(np.mean(squared_errors(y, p)))
 
 
 def log_loss(y: ArrayLike, p: ArrayLike) -> float:
     """Mean negative log likelihood, nats, of probabilities p [n], kept 1e-15 away from 0 and 1."""
+    return float(np.mean(log_losses(y, p)))
+
+
+def squared_errors(y: ArrayLike, p: ArrayLike) -> Floats:
+    """Of probabilities p [n], float64 [n]; their mean is the Brier score."""
+    truth, probability = _probabilities(y, p)
+    errors: Floats = (probability - truth) ** 2
+    return errors
+
+
+def log_losses(y: ArrayLike, p: ArrayLike) -> Floats:
+    """Negative log likelihood of each lesion, nats, float64 [n]; its mean is the log loss."""
     truth, probability = _probabilities(y, p)
     safe = np.clip(probability, 1e-15, 1 - 1e-15)
-    return float(-np.mean(np.where(truth, np.log(safe), np.log1p(-safe))))
+    losses: Floats = -np.where(truth, np.log(safe), np.log1p(-safe))
+    return losses
 
 
 def top_k_retrieval(y: ArrayLike, s: ArrayLike, patients: Groups, k: int = TOP_K) -> float:
-    """Share of malignant lesions that are among their own patient's `k` highest scores.
-
-    Ties are broken pessimistically: tied benign lesions take the places first, so the order of rows can't help.
-    """
+    """Share of malignant lesions that are among their own patient's `k` highest scores; `retrieved` says which."""
     return float(retrieved(y, s, patients, k).mean())
 
 
 def retrieved(y: ArrayLike, s: ArrayLike, patients: Groups, k: int = TOP_K) -> NDArray[np.bool_]:
-    """Whether `top_k_retrieval` finds each malignant lesion, bool [P], in row order."""
+    """Whether each malignant lesion is among its own patient's `k` highest scores: bool [P], in row order.
+
+    Ties are broken pessimistically: tied benign lesions take the places first, so the order of rows can't help.
+    """
     malignant, scores = checked(y, s)
     owner = codes(patients, len(scores))
     ranked = np.lexsort((malignant, -scores, owner))
     sorted_owner = owner[ranked]
     place = np.empty(len(ranked), np.int64)
     place[ranked] = np.arange(len(ranked)) - np.searchsorted(sorted_owner, sorted_owner, "left")
-    return (place < k)[malignant]
+    found: NDArray[np.bool_] = place[malignant] < k
+    return found
 
 
 def fold_rank(scores: ArrayLike, folds: ArrayLike) -> Floats:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lesionflow.evaluation.intervals import Figure, figures, mean_figures, parts_of
-from lesionflow.evaluation.metrics import Groups, checked, codes, fold_rank
-from lesionflow.evaluation.resample import AVERAGE_PRECISION, Patients, partial_area
+from lesionflow.evaluation.metrics import MIN_TPR, Groups, checked, codes, fold_rank
+from lesionflow.evaluation.resample import AVERAGE_PRECISION, Measure, Patients, partial_area
 
 MEASURES = {
     "pauc": partial_area(0.80),
@@ -31,6 +31,7 @@ def ranking(
     groups: Groups,
     *,
     folds: ArrayLike | None = None,
+    min_tpr: float = MIN_TPR,
     replicates: int = 2000,
     seed: int = 0,
     level: float = 0.95,
@@ -38,10 +39,11 @@ def ranking(
     """`MEASURES` of scores s [n] for targets y [n] (0/1), groups [n] being drawn with replacement.
 
     With `folds` [n] the scores are first ranked within their fold (`metrics.fold_rank`): models of different folds
-    differ in scale. `replicates=0` leaves the intervals out. Raises `DataError` as `metrics.pauc` does.
+    differ in scale. `min_tpr` is what `pauc` is measured above. `replicates=0` leaves the intervals out. Raises
+    `DataError` as `metrics.pauc` does.
     """
     scores = s if folds is None else fold_rank(s, folds)
-    found = figures(Patients(y, [scores], groups), list(MEASURES.values()), replicates, seed, level)
+    found = figures(Patients(y, [scores], groups), _measures(min_tpr), replicates, seed, level)
     return dict(zip(MEASURES, found, strict=True))
 
 
@@ -51,6 +53,7 @@ def mean_of_folds(
     groups: Groups,
     folds: ArrayLike,
     *,
+    min_tpr: float = MIN_TPR,
     replicates: int = 2000,
     seed: int = 0,
     level: float = 0.95,
@@ -67,4 +70,8 @@ def mean_of_folds(
         clusters, malignant = int(owner.max()) + 1, int(truth.sum())
         return dict.fromkeys(MEASURES, Figure.missing(reason, level=level, clusters=clusters, malignant=malignant))
     parts = parts_of(truth, scores, owner, fold)
-    return dict(zip(MEASURES, mean_figures(parts, list(MEASURES.values()), replicates, seed, level), strict=True))
+    return dict(zip(MEASURES, mean_figures(parts, _measures(min_tpr), replicates, seed, level), strict=True))
+
+
+def _measures(min_tpr: float) -> list[Measure]:
+    return list((MEASURES | {"pauc": partial_area(min_tpr)}).values())

@@ -81,7 +81,7 @@ def rate(
     return Figure(value, Interval(low, high, level, method, 0, 0, clusters, malignant))
 
 
-def proportion(found: ArrayLike, groups: Groups, *, level: float = 0.95) -> Figure:
+def proportion(found: ArrayLike, groups: Groups, *, replicates: int = 2000, level: float = 0.95) -> Figure:
     """The share of malignant lesions that are found, with Clopper and Pearson's interval, clustered by patient.
 
     found bool [P], groups [P]. The sample size is Korn and Graubard's: what the patients' clustering leaves, less
@@ -92,11 +92,11 @@ def proportion(found: ArrayLike, groups: Groups, *, level: float = 0.95) -> Figu
         return Figure.missing("no malignant lesions", level=level)
     owner = codes(groups, len(hit))
     clusters, share, tail = int(owner.max()) + 1, float(hit.mean()), (1 - level) / 2
-    reason = None
+    reason = NOT_ASKED if not replicates else None
     if len(hit) < FEWEST_MALIGNANT:
-        reason = f"{len(hit)} malignant lesions: under {FEWEST_MALIGNANT}, no interval is worth printing"
-    elif clusters < FEWEST_CLUSTERS:
-        reason = f"lesions of {clusters} patients: under {FEWEST_CLUSTERS}, no interval is worth printing"
+        reason = reason or f"{len(hit)} malignant lesions: under {FEWEST_MALIGNANT}, no interval is worth printing"
+    if clusters < FEWEST_CLUSTERS:
+        reason = reason or f"lesions of {clusters} patients: under {FEWEST_CLUSTERS}, no interval is worth printing"
     if reason:
         return Figure(share, Interval(None, None, level, METHOD_PROPORTION, 0, 0, clusters, len(hit), reason))
     size = effective_size(hit, owner)

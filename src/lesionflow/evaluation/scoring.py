@@ -1,30 +1,33 @@
-"""Score a submission file against the truth, as the competition does, with an interval.
+"""Score a submission file against the truth, as the competition does, each figure with its interval.
 
     lesionflow score submission.csv train-metadata.csv
 
 Rows are joined on `isic_id`, never by position. Missing, extra and duplicate ids and scores that are not
 finite numbers are refused by name and count. Only the columns needed are read, and no torch is imported:
-401,059 rows take about a second, start of the process included.
+401,059 rows take a few seconds, start of the process included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lesionflow.errors import DataError
-from lesionflow.evaluation import metrics
+from lesionflow.evaluation import metrics, tables
 from lesionflow.evaluation.grouping import describe
-from lesionflow.evaluation.intervals import bootstrap_areas
+from lesionflow.evaluation.intervals import Figure
+from lesionflow.evaluation.metrics import Floats, Ints
+from lesionflow.evaluation.ranking import MEASURES, mean_of_folds, ranking
+from lesionflow.evaluation.rates import proportion, rate
 
 if TYPE_CHECKING:
     import polars as pl
 
-SCORE_COLUMNS = ("logit", "target")
-"""Where a score is looked for: an oof.parquet's `logit` first, as its `target` is the truth."""
+WAYS = {"rank_pooled": "ranked within folds", "pooled": "as they are", "mean_of_folds": "mean of folds"}
+"""How the scores of several folds' models become one figure."""
+NOT_PROBABILITIES = "the scores are not probabilities: some lie outside 0..1"
 
 
 def score_files(
@@ -36,117 +39,137 @@ def score_files(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Any]:
-    """pAUC and AUC of `submission` (isic_id and target, or an oof.parquet) against `truth` (isic_id, target).
+    """Every figure of `submission` (isic_id and target, or an oof.parquet) against `truth` (isic_id, target).
 
-    Both may be CSV or parquet. Where the truth has `patient_id`, intervals draw patients. `replicates=0` leaves
-    the intervals out. The result is JSON-able. Raises `DataError` with the first offending ids and the remedy.
+    Both may be CSV or parquet. Where the truth has `patient_id`, intervals draw patients. The result is JSON-able,
+    and each figure in it is `Figure.to_dict()`:
+
+    - `pauc` (above `min_tpr`), `pauc_88`, `auc`, `average_precision`: {`pooled`: the scores as they are, and where
+      the submission has a column `fold` also `rank_pooled` and `mean_of_folds`}, besides `min_tpr`, `maximum` and
+      `chance`. `headline` names the one to quote.
+    - `retrieval`: top-15 retrieval over known patients, with `k`, `patients`, `malignant`, `lesions`.
+    - `brier`, `log_loss` (nats): without a value, and with the reason, where scores lie outside 0..1.
+    - `counts`, `groups` (whom intervals draw), `score_column`, `settings`.
+
+    `replicates=0` leaves the intervals out. Raises `DataError` with the first offending ids and the remedy.
     """
-    answers, column = _submission(submission)
-    lesions = _truth(truth)
-    joined = _join(answers, lesions, submission, truth)
+    answers, column = tables.scores(submission)
+    lesions = tables.truth(truth)
+    answers = answers.drop("target", strict=False)
+    joined = tables.join(answers, lesions, submission, truth, "score exactly the lesions of the truth")
     y, s = joined["target"].to_numpy(), joined["score"].to_numpy()
-    result: dict[str, Any] = {
-        "pauc": metrics.pauc(y, s, min_tpr),
-        "auc": metrics.auc(y, s),
-        "min_tpr": min_tpr,
-        "maximum": round(1 - min_tpr, 12),
-        "chance": round((1 - min_tpr) ** 2 / 2, 12),
-        "score_column": column,
-        "count": len(y),
-        "malignant": int(y.sum()),
-        "benign": int((y == 0).sum()),
-    }
+    fold = _folds(joined, submission)
+    groups = tables.groups(joined["patient_id"])
+    options: dict[str, Any] = {"replicates": replicates, "seed": seed, "level": level}
+    found = {"pooled": ranking(y, s, groups, min_tpr=min_tpr, **options)}
+    if fold is not None:
+        found["rank_pooled"] = ranking(y, s, groups, folds=fold, min_tpr=min_tpr, **options)
+        found["mean_of_folds"] = mean_of_folds(y, s, groups, fold, min_tpr=min_tpr, **options)
     known = joined["patient_id"].drop_nulls()
-    grouping = describe(known.n_unique(), len(known), len(y) - len(known))
-    result |= {"patients": grouping.patients, "groups": grouping.to_dict(), "interval": None, "auc_interval": None}
-    if replicates:
-        intervals = bootstrap_areas(
-            y, s, _groups(joined), (min_tpr, 0.0), replicates=replicates, seed=seed, level=level
-        )
-        result["interval"], result["auc_interval"] = (one.to_dict() for one in intervals)
-    return result
+    malignant = int(y.sum())
+    ranges = {"pauc": _range(min_tpr), "pauc_88": _range(0.88), "average_precision": {"chance": malignant / len(y)}}
+    return {
+        "headline": "pooled" if fold is None else "rank_pooled",
+        **{name: ranges.get(name, {}) | {way: one[name].to_dict() for way, one in found.items()} for name in MEASURES},
+        "retrieval": _retrieval(y, s, groups, joined["patient_id"].is_not_null().to_numpy(), level, replicates),
+        **_losses(y, s, groups, options),
+        "counts": {
+            "lesions": len(y), "malignant": malignant, "benign": len(y) - malignant,
+            "folds": 1 if fold is None else len(np.unique(fold)),
+        },
+        "groups": describe(known.n_unique(), len(known), len(y) - len(known)).to_dict(),
+        "score_column": column,
+        "settings": {**options, "min_tpr": min_tpr},
+    }  # fmt: skip
 
 
-def _groups(joined: pl.DataFrame) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Whole numbers per lesion: known patients in the order of their ids, then every other lesion on its own."""
+def _range(min_tpr: float) -> dict[str, float]:
+    return {"min_tpr": min_tpr, "maximum": round(1 - min_tpr, 12), "chance": round((1 - min_tpr) ** 2 / 2, 12)}
+
+
+def _folds(joined: pl.DataFrame, submission: Path) -> Ints | None:
+    """The fold of each lesion, int64 [n], where the submission tells of more than one."""
     import polars as pl
 
-    names = joined["patient_id"].drop_nulls().unique().sort()
-    patient = joined["patient_id"].cast(pl.Enum(names)).to_physical().cast(pl.Int64).fill_null(-1).to_numpy()
-    alone = patient < 0
-    return np.where(alone, patient.max(initial=-1) + np.cumsum(alone), patient).astype(np.int64)
-
-
-def _submission(path: Path) -> tuple[pl.DataFrame, str]:
-    import polars as pl
-
-    table = _read(path, ("isic_id", *SCORE_COLUMNS))
-    column = next((name for name in SCORE_COLUMNS if name in table.columns), None)
-    if column is None:
-        raise DataError(f"{path}: no column 'target' (nor 'logit'); a submission has isic_id,target")
-    scores = table[column].cast(pl.Float64, strict=False)
-    bad = table["isic_id"].filter(~scores.is_finite().fill_null(False))
-    if len(bad):
+    if "fold" not in joined.columns:
+        return None
+    fold = joined["fold"].cast(pl.Int64, strict=False)
+    if len(bad := joined["isic_id"].filter(fold.is_null())):
         raise DataError(
-            f"{path}: {column} is empty, not a number, NaN or infinite for {_some(bad)}; "
-            "give every lesion a finite score"
+            f"{submission}: fold is empty or not a whole number for {tables.some(bad)}; "
+            "give every lesion its fold, or leave the column out"
         )
-    return pl.DataFrame({"isic_id": table["isic_id"], "score": scores}), column
+    return fold.to_numpy() if fold.n_unique() > 1 else None
 
 
-def _truth(path: Path) -> pl.DataFrame:
-    import polars as pl
-
-    table = _read(path, ("isic_id", "target", "patient_id"))
-    if "target" not in table.columns:
-        raise DataError(f"{path}: no column 'target'; the truth is train-metadata.csv or a table isic_id,target")
-    target = table["target"].cast(pl.Float64, strict=False)
-    bad = table["isic_id"].filter(~target.is_in([0.0, 1.0]).fill_null(False))
-    if len(bad):
-        raise DataError(f"{path}: target is neither 0 nor 1 for {_some(bad)}; leave lesions of unknown truth out")
-    patient = table["patient_id"] if "patient_id" in table.columns else pl.Series([None] * len(table), dtype=pl.String)
-    patient = patient.cast(pl.String).replace({"": None, "NA": None})
-    return pl.DataFrame({"isic_id": table["isic_id"], "target": target.cast(pl.Int8), "patient_id": patient})
-
-
-def _join(answers: pl.DataFrame, lesions: pl.DataFrame, submission: Path, truth: Path) -> pl.DataFrame:
-    for table, path in ((answers, submission), (lesions, truth)):
-        if table["isic_id"].n_unique() != len(table):
-            repeated = table["isic_id"].filter(table["isic_id"].is_duplicated()).unique(maintain_order=True)
-            raise DataError(f"{path}: more than one row for {_some(repeated)}; keep one row per isic_id")
-    joined = lesions.join(answers, on="isic_id", how="inner")
-    if len(joined) == len(lesions) == len(answers):
-        return joined
-    missing = lesions.join(answers, on="isic_id", how="anti")["isic_id"]
-    extra = answers.join(lesions, on="isic_id", how="anti")["isic_id"]
-    parts = [f"no row for {_some(missing)} of {truth}"] * bool(len(missing))
-    parts += [f"{_some(extra)} not in {truth}"] * bool(len(extra))
-    raise DataError(f"{submission}: {'; '.join(parts)}; score exactly the lesions of the truth")
+def _retrieval(
+    y: Ints, s: Floats, groups: Ints, known: np.ndarray[Any, np.dtype[np.bool_]], level: float, replicates: int
+) -> dict[str, Any]:
+    """Over the known patients alone: a lesion that is its own group would always be found."""
+    truth, owner = y[known], groups[known]
+    about = {
+        "k": metrics.TOP_K,
+        "patients": len(np.unique(owner[truth == 1])), "malignant": int(truth.sum()), "lesions": len(truth),
+    }  # fmt: skip
+    if not truth.any() or truth.all():
+        reason = (
+            "known patients lack malignant or benign lesions" if len(truth) else "the patient of no lesion is known"
+        )
+        return about | Figure.missing(reason, level=level, malignant=about["malignant"]).to_dict()
+    found = metrics.retrieved(truth, s[known], owner)
+    return about | proportion(found, owner[truth == 1], level=level, replicates=replicates).to_dict()
 
 
-def _read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    """The wanted columns that exist; of a CSV, as text."""
-    import polars as pl
-
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        lazy = pl.scan_parquet(path) if path.suffix == ".parquet" else pl.scan_csv(path, infer_schema=False)
-        present = lazy.collect_schema().names()
-        if "isic_id" not in present:
-            raise DataError(f"{path}: no column 'isic_id'; found {', '.join(present[:5])}")
-        table = lazy.select([name for name in columns if name in present]).collect()
-    except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path}: can't be read as a table ({str(error).splitlines()[0]})") from None
-    if not len(table):
-        raise DataError(f"{path}: has no rows")
-    if table["isic_id"].null_count():
-        row = int(table["isic_id"].is_null().arg_max() or 0)
-        raise DataError(f"{path}: isic_id is empty in {table['isic_id'].null_count()} rows, first in row {row + 1}")
-    return table.with_columns(pl.col("isic_id").cast(pl.String))
+def _losses(y: Ints, s: Floats, groups: Ints, options: dict[str, Any]) -> dict[str, Any]:
+    """Brier score and log loss, of scores that can be probabilities."""
+    malignant = int(y.sum())
+    if s.min() < 0 or s.max() > 1:
+        missing = Figure.missing(NOT_PROBABILITIES, level=options["level"], malignant=malignant).to_dict()
+        return {"brier": missing, "log_loss": missing}
+    errors = {"brier": metrics.squared_errors(y, s), "log_loss": metrics.log_losses(y, s)}
+    ones = np.ones(len(y))
+    return {
+        name: rate(each, ones, groups, malignant=malignant, kind="positive", **options).to_dict()
+        for name, each in errors.items()
+    }
 
 
-def _some(ids: pl.Series) -> str:
-    """'3 lesions (ISIC_1, ISIC_2, ...)': the count and the first five."""
-    first = ", ".join(ids.head(5).to_list()) + (", ..." if len(ids) > 5 else "")
-    return f"{len(ids)} lesion{'s' * (len(ids) != 1)} ({first})"
+def render(result: dict[str, Any]) -> Any:
+    """The score as a table for a terminal, with what must be known to read it (rich renderable)."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    names = {
+        "pauc": f"pAUC above {result['pauc']['min_tpr']:.0%} TPR", "pauc_88": "pAUC above 88% TPR",
+        "auc": "AUC", "average_precision": "average precision",
+    }  # fmt: skip
+    ways = [way for way in WAYS if way in result["pauc"]]
+    heads = [WAYS[way] for way in ways] if len(ways) > 1 else ["figure"]
+    table = Table("", *heads, "chance", "best", box=box.SIMPLE_HEAD)
+    for name, title in names.items():
+        one = result[name]
+        best = one.get("maximum", 1)
+        chance = one.get("chance", 0.5)
+        table.add_row(title, *(_shown(one[way]) for way in ways), f"{chance:.2g}", f"{best:g}")
+    rest = {"retrieval": f"top-{result['retrieval']['k']} retrieval", "brier": "Brier score", "log_loss": "log loss"}
+    for name, title in rest.items():
+        best = "1" if name == "retrieval" else "0"
+        table.add_row(title, _shown(result[name]), *[""] * (len(ways) - 1), "", best)
+    counts, settings = result["counts"], result["settings"]
+    lines = [f"{counts['lesions']:,} lesions, {counts['malignant']:,} malignant. {result['groups']['note']}"]
+    figures = [result[name][way] for name in names for way in ways] + [result[name] for name in rest]
+    if any(one["interval"]["low"] is not None for one in figures):
+        lines.append(f"In brackets: {100 * settings['level']:g} % intervals.")
+    missing = [one["interval"]["reason"] for one in figures]
+    lines += [f"No interval: {reason}." for reason in dict.fromkeys(reason for reason in missing if reason)]
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _shown(figure: dict[str, Any]) -> str:
+    """0.1512, and its interval on a second line."""
+    low, high = figure["interval"]["low"], figure["interval"]["high"]
+    if figure["value"] is None:
+        return "-"
+    return f"{figure['value']:.4f}" + ("" if low is None else f"\n[{low:.4f}, {high:.4f}]")

@@ -65,8 +65,10 @@ def _text(column: str) -> Callable[[], pl.Expr]:
 
 def _bands(value: pl.Expr, limits: Sequence[float], labels: Sequence[str]) -> pl.Expr:
     """The label of the band that a value lies in; a limit belongs to the band above it."""
-    finite = pl.when(value.is_finite()).then(value)
-    return finite.cut(limits, labels=labels, left_closed=True).cast(pl.String)
+    band: pl.Expr = pl.when(value.is_finite()).then(pl.lit(labels[0]))
+    for limit, label in zip(limits, labels[1:], strict=True):
+        band = pl.when(value.is_finite() & (value >= limit)).then(pl.lit(label)).otherwise(band)
+    return band
 
 
 def typology_angle() -> pl.Expr:
@@ -113,7 +115,7 @@ def subgroups(
     seed: int = 0,
     level: float = 0.95,
 ) -> list[dict[str, Any]]:
-    """The partitions of n lesions: `{name, title, note, comparisons, cells}`, with `reason` where there are no cells.
+    """The partitions of n lesions: `{name, title, note, cells}`, with `reason` where there are no cells.
 
     table [n] has the columns of `PARTITIONS` that are known; y [n] 0/1; ranks [n] scores that compare across folds;
     groups [n] the patient of each lesion; sensitivity and specificity are those of `ranks >= threshold` (None: left
@@ -123,18 +125,20 @@ def subgroups(
     Raises `DataError` as `metrics.pauc` does.
     """
     lesions = _Lesions(y, ranks, groups, threshold, replicates, seed, level)
-    result = []
+    result: list[dict[str, Any]] = []
     for part in PARTITIONS:
-        one: dict[str, Any] = {"name": part.name, "title": part.title, "note": part.note, "comparisons": 0, "cells": []}
         cut = _cells(table, part)
-        one |= {"reason": cut} if isinstance(cut, str) else {"cells": lesions.cells(*cut)}
-        one["comparisons"] = sum(cell["difference"]["interval"]["low"] is not None for cell in one["cells"])
-        result.append(one)
-    total = sum(one["comparisons"] for one in result)
-    for one in result:
-        if one["comparisons"]:
-            one["note"] = " ".join(filter(None, [one["note"], _multiplicity(one["comparisons"], total, level)]))
+        cells = {"cells": [], "reason": cut} if isinstance(cut, str) else {"cells": lesions.cells(*cut)}
+        result.append({"name": part.name, "title": part.title, "note": part.note, **cells})
+    compared = [sum(_shown(cell["difference"]) for cell in one["cells"]) for one in result]
+    for one, here in zip(result, compared, strict=True):
+        if here:
+            one["note"] = " ".join(filter(None, [one["note"], _multiplicity(here, sum(compared), level)]))
     return result
+
+
+def _shown(figure: dict[str, Any]) -> bool:
+    return figure["interval"]["low"] is not None
 
 
 def _multiplicity(here: int, total: int, level: float) -> str:

@@ -24,8 +24,7 @@ def cohort(seed, malignant=60, patients=50, benign=1500, effect=0.5, separation=
 def test_the_sensitivity_bound_is_clopper_and_pearson_s_without_clusters():
     y, s = np.r_[np.ones(60, int), np.zeros(10, int)], np.r_[np.arange(60), np.zeros(10)]
     ours = thresholds.sensitivity_lower_bound(y, s, np.arange(70), 6)
-    # Korn and Graubard's effective size is within 1/60 of 60 here, through the n - 1 of the variance.
-    assert ours == pytest.approx(beta.ppf(0.05, 54, 7), abs=2e-3)
+    assert ours == pytest.approx(beta.ppf(0.05, 54, 7), abs=1e-9)
     assert thresholds.sensitivity_lower_bound(y, s, np.arange(70), 0) == pytest.approx(0.05 ** (1 / 60))
     assert thresholds.sensitivity_lower_bound(y, s, np.arange(70), 99) == 0
 
@@ -37,9 +36,9 @@ def test_clustered_misses_lower_the_sensitivity_bound():
     clustered = thresholds.sensitivity_lower_bound(y, found, patient, 0.5)
     alone = thresholds.sensitivity_lower_bound(y, found, np.arange(110), 0.5)
     assert clustered < alone - 0.05
-    # 19 independent lesions, less what twenty patients leave uncertain about that.
-    size = 19 * (student.ppf(0.975, 99) / student.ppf(0.975, 19)) ** 2
-    assert clustered == pytest.approx(beta.ppf(0.05, 0.85 * size, 0.15 * size + 1), abs=1e-6)
+    # Twenty independent lesions, less what twenty patients leave uncertain about that.
+    size = 20 * (student.ppf(0.975, 99) / student.ppf(0.975, 19)) ** 2
+    assert clustered == pytest.approx(beta.ppf(0.05, 0.85 * size, 0.15 * size + 1), abs=0.005)
 
 
 def test_the_threshold_is_the_highest_that_can_be_vouched_for():

@@ -96,9 +96,10 @@ The same for the reporting of prediction models (doi:10.1136/bmj-2023-078378).
 
 
 def _probability(metrics: Mapping[str, Any]) -> str:
+    stated = f"Its probability is stated for a prevalence of {_prevalence(metrics)}"
     if "calibration" not in (metrics.get("served") or {}):
-        return "No probability: nothing was held out to calibrate what is served."
-    return f"Its probability is stated for a prevalence of {_prevalence(metrics)}."
+        return f"{stated}, but fitted on single folds' models: nothing was held out to calibrate what is served."
+    return f"{stated}, fitted on the hold-out."
 
 
 def _prevalence(metrics: Mapping[str, Any]) -> str:

@@ -106,8 +106,7 @@ def power(pair: Pair, malignant: int, level: float = 0.95) -> dict[str, Any]:
     {"power": 0.8, "level", "detectable": the smallest true difference whose interval excludes 0 with that power,
     "malignant_for_observed", "malignant_for": {"0.005": n, ...}, "reason": None or why there is none of it}.
     A difference d is seen with power 1 - beta where d = (c + z_beta) * e: e is the standard error, c how many of them
-    the interval reaches. Both shrink: e with the root of the malignant lesions, c in their first power to the
-    normal's quantile.
+    the interval reaches. Both shrink with the root of the malignant lesions: e to 0, c to the normal's quantile.
     """
     result: dict[str, Any] = {
         "power": POWER, "level": level, "detectable": None, "malignant_for_observed": None,
@@ -130,13 +129,10 @@ def malignant_for(difference: float, pair: Pair, malignant: int, level: float = 
     assert pair.error and pair.reach is not None
     normal = NormalDist()
     limit = normal.inv_cdf((1 + level) / 2)
-    excess, needed = max(0.0, pair.reach / pair.error - limit), normal.inv_cdf(POWER) + limit
-    # With r = malignant / n, solve (needed + excess * r) * sqrt(r) = difference / error, whose left side rises.
-    low, high, goal = 0.0, (difference / pair.error / needed) ** 2, difference / pair.error
-    for _ in range(100):
-        r = (low + high) / 2
-        low, high = (low, r) if (needed + excess * r) * r**0.5 > goal else (r, high)
-    return int(np.ceil(malignant / high))
+    needed, excess = normal.inv_cdf(POWER) + limit, max(1e-9, pair.reach / pair.error - limit)
+    # The root x of malignant / n solves (needed + excess * x) * x = difference / error.
+    x = ((needed**2 + 4 * excess * difference / pair.error) ** 0.5 - needed) / (2 * excess)
+    return int(np.ceil(malignant / x**2))
 
 
 def verdict(pair: Pair, planned: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lesionflow.evaluation.charts import WIDTH, Scale, axes, line, nice, svg
 
-LEFT, SIDE, TOP = 62, 330, 14
+LEFT, SIDE, TOP = 72, 326, 14
 BAND_ORDER = ("refer", "routine", "low", "cannot judge")
 
 
@@ -29,8 +29,10 @@ def reliability(bins: Sequence[Mapping[str, Any]], prevalence: float, name: str)
     x: Scale = lambda v: LEFT + SIDE * _share(v, low, high)  # noqa: E731
     y: Scale = lambda v: TOP + SIDE * (1 - _share(v, low, high))  # noqa: E731
     ticks = {v: percent(v) for v in _powers(low, high)}
+    # Side by side there is room for six labels.
+    across = {v: text if len(ticks) <= 6 or i % 2 == 0 else "" for i, (v, text) in enumerate(ticks.items())}
     body = [
-        *axes(x, y, ticks, ticks, "predicted probability", "share found malignant"),
+        *axes(x, y, across, ticks, "predicted probability", "share found malignant"),
         f'<path class="chance" d="{line([(low, low), (high, high)], x, y)}"/>',
         f'<path class="guide thin" d="M{x(prevalence):.1f} {TOP}V{TOP + SIDE}"/>',
         f'<text class="note" x="{x(prevalence) + 5:.1f}" y="{TOP + 11}">prevalence {percent(prevalence)}</text>',

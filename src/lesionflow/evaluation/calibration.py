@@ -9,21 +9,23 @@ others 2002). `cross_fitted` does so on other patients than it is applied to; `a
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lesionflow.errors import DataError
-from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, Figure, Interval
+from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED, Figure, Interval
 from lesionflow.evaluation.metrics import Floats, Groups, Ints, checked, codes
-from lesionflow.evaluation.prevalence import linearised, pulls, stated, too_few, weights
-from lesionflow.evaluation.quantiles import beta_quantile
-from lesionflow.evaluation.rates import effective_size
+from lesionflow.evaluation.prevalence import linearised, pulls, share_interval, shares, stated, too_few, weights
 
 LEAST_SLOPE = 1e-6
 """Per standard deviation of the logit. Scores that rank the wrong way keep their order and say nothing."""
 BINS = 10
+METHOD_BIN = "Clopper-Pearson, effective sample size by patient"
+METHOD_ECE = "patient-clustered, normal bin errors, triangle inequality"
+_CELLS = 4096
 _TINY = 1e-12
 """Probabilities are kept this far from 0 and 1 where their logarithm is needed."""
 
@@ -120,7 +122,7 @@ def assess(
         stated(malignant, prevalence),
         weights(malignant, prevalence),
     )
-    common: dict[str, Any] = {"malignant": int(malignant.sum()), "level": level}
+    common: dict[str, Any] = {"malignant": int(malignant.sum()), "level": level, "replicates": replicates}
     safe = np.clip(probability, _TINY, 1 - _TINY)
     x, truth = np.log(safe) - np.log1p(-safe), malignant.astype(np.float64)
 
@@ -136,7 +138,7 @@ def assess(
         "data_prevalence": float(malignant.mean()),
         "intercept": linearised(intercept, intercept_pull, owner, **common).to_dict(),
         "slope": linearised(slope, slope_pull, owner, **common).to_dict(),
-        **_binned(malignant, probability, weight, owner, share, replicates, seed, level),
+        **_binned(malignant, probability, weight, owner, share, common, seed),
         "brier": mean((probability - truth) ** 2).to_dict(),
         "log_loss": mean(-np.where(malignant, np.log(safe), np.log1p(-safe))).to_dict(),
         "expected_observed": linearised(expected / share, ratio_pull, owner, scale="positive", **common).to_dict(),
@@ -172,27 +174,41 @@ def _log_odds(p: float) -> float:
 
 
 def _logistic(x: Floats, target: Floats, weight: Floats) -> tuple[float, float]:
-    """Slope and intercept of the weighted logistic regression of `target` [n] in 0..1 on x [n]: Newton, damped."""
+    """Slope and intercept of the weighted logistic regression of `target` [n] in 0..1 on a standardised x [n]."""
+    start = 0.0, _log_odds(float(weight @ target / weight.sum()))
+    if len(x) > 10 * _CELLS:
+        # A coarse sum over cells of x finds the neighbourhood; two steps over all lesions then do.
+        cell = np.clip((x * (_CELLS / 40)).astype(np.int64) + _CELLS // 2, 0, _CELLS)
+        sums = np.stack([np.bincount(cell, one) for one in (weight, weight * target, weight * x)]).astype(np.float64)
+        mass, hits, middle = sums[:, sums[0] > 0]
+        start = _newton(middle / mass, hits / mass, mass, *start)
+    return _newton(x, target, weight, *start)
+
+
+def _newton(x: Floats, target: Floats, weight: Floats, slope: float, intercept: float) -> tuple[float, float]:
+    """Newton's method from a start, with halved steps wherever the likelihood would fall."""
 
     def loss(slope: float, intercept: float) -> float:
         z = slope * x + intercept
-        return float(weight @ (np.logaddexp(0, z) - target * z))
+        return float(weight @ (np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z))) - target * z))
 
-    mean = float(weight @ target / weight.sum())
-    slope, intercept = 0.0, _log_odds(mean)
-    now = loss(slope, intercept)
+    now = np.inf
     for _ in range(100):
         p = sigmoid(slope * x + intercept)
         residual, curvature = weight * (target - p), weight * p * (1 - p)
         gradient = np.array([residual @ x, residual.sum()])
         mixed = curvature @ x
-        hessian = np.array([[curvature @ (x * x), mixed], [mixed, curvature.sum()]])
+        hessian = np.array([[(curvature * x) @ x, mixed], [mixed, curvature.sum()]])
         hessian += np.eye(2) * 1e-12 * np.trace(hessian)
         step = np.linalg.solve(hessian, gradient)
-        while (new := loss(slope + step[0], intercept + step[1])) > now and np.abs(step).max() > 1e-12:
-            step = step / 2
-        slope, intercept, now = slope + float(step[0]), intercept + float(step[1]), min(new, now)
-        if np.abs(step).max() < 1e-9:
+        if np.abs(step).max() > 0.01:
+            # Far from the optimum a full step may go wrong; near it, it is the best there is.
+            now = loss(slope, intercept) if np.isinf(now) else now
+            while (new := loss(slope + step[0], intercept + step[1])) > now and np.abs(step).max() > 1e-9:
+                step = step / 2
+            now = new
+        slope, intercept = slope + float(step[0]), intercept + float(step[1])
+        if np.abs(step).max() < 1e-7:
             break
     return slope, intercept
 
@@ -236,62 +252,104 @@ def _binned(
     weight: Floats,
     owner: Ints,
     share: float,
-    replicates: int,
+    common: dict[str, Any],
     seed: int,
-    level: float,
 ) -> dict[str, Any]:
     """The reliability bins, and the expected calibration error over them.
 
-    A lesion's place is the mean of its class's quantiles, so that a bin holds a tenth of (malignant + benign) / 2:
-    by lesions alone all but one bin would hold benign lesions only.
+    A bin holds a tenth of the mean of the two classes' distributions. By lesions alone, all but one bin would hold
+    hardly a malignant lesion; by malignant lesions alone, one bin would hold nearly all benign ones.
     """
     at = np.unique(p, return_inverse=True)[1]
-    mass = np.bincount(at, np.where(malignant, 0.5 / malignant.sum(), 0.5 / (~malignant).sum()))
-    # Equal probabilities stay together; a bin is where the middle of their mass falls.
+    ill, well = int(malignant.sum()), int((~malignant).sum())
+    mass = np.bincount(at, np.where(malignant, 0.5 / ill, 0.5 / well))
+    # Equal probabilities stay together: in the bin where the middle of their mass falls.
     place = np.minimum(((np.cumsum(mass) - mass / 2) * BINS).astype(np.int64), BINS - 1)
     bin_of = np.unique(place, return_inverse=True)[1][at]
-    count = int(bin_of.max()) + 1
-    bins, gaps = [], np.zeros(count)
+    count, odds_shift = int(bin_of.max()) + 1, _log_odds(share) - _log_odds(ill / len(p))
+    wrong = weight * (malignant - p)
+    gaps, held, lesions, found, predicted = (
+        np.bincount(bin_of, one, count).astype(np.float64)
+        for one in (wrong, weight, np.ones(len(p)), malignant, weight * p)
+    )
+    ends = np.searchsorted(bin_of[np.argsort(p, kind="stable")], np.arange(count + 1), "left")
+    ordered = np.sort(p)
+    # Independent lesions per lesion, for bins without a malignant one.
+    alike = shares(malignant.astype(np.int64), owner, 2)[1][1] / len(p)
+    bins: list[dict[str, Any]] = []
     for one in range(count):
         here = bin_of == one
-        ill, lesions = int((malignant & here).sum()), int(here.sum())
-        gaps[one] = float(weight[here] @ (malignant[here] - p[here]))
-        observed = float(weight[here & malignant].sum() / weight[here].sum())
         bins.append(
             {
-                "low": float(p[here].min()),
-                "high": float(p[here].max()),
-                "lesions": lesions,
-                "malignant": ill,
-                "share": float(weight[here].sum()),
-                "predicted": float(weight[here] @ p[here] / weight[here].sum()),
-                "observed": _observed(malignant[here], owner[here], observed, share, malignant, level).to_dict(),
+                "low": float(ordered[ends[one]]),
+                "high": float(ordered[ends[one + 1] - 1]),
+                "lesions": int(lesions[one]),
+                "malignant": int(found[one]),
+                "share": float(held[one]),
+                "predicted": float(predicted[one] / held[one]),
+                "observed": _observed(malignant[here], owner[here], alike, odds_shift, common).to_dict(),
             }
         )
-    groups = int(owner.max()) + 1
-    value = float(np.abs(gaps).sum())
-    if (ill := int(malignant.sum())) < FEWEST_MALIGNANT:
-        interval = Interval(None, None, level, METHOD_ECE, 0, 0, groups, ill, too_few(ill))
-    else:
-        interval = Interval(0.0, value * 2, level, METHOD_ECE, replicates, 0, groups, ill)
-    return {"ece": Figure(value, interval).to_dict(), "bins": bins}
+    plain, corrected, interval = _error(gaps, malignant, p, weight, owner, bin_of, common, seed)
+    return {
+        "ece": Figure(corrected, interval).to_dict(),
+        "ece_plain": Figure(plain, interval).to_dict(),
+        "bins": bins,
+    }
 
 
-METHOD_ECE = "patient-clustered, triangle inequality"
+def _error(
+    gaps: Floats,
+    malignant: NDArray[np.bool_],
+    p: Floats,
+    weight: Floats,
+    owner: Ints,
+    bin_of: Ints,
+    common: dict[str, Any],
+    seed: int,
+) -> tuple[float, float, Interval]:
+    """Expected calibration error: as it is, less what noise adds to it, and the interval of the true one.
+
+    With gaps = truth + Z, Z normal: | sum |gaps| - sum |truth| | <= sum |Z|, which bounds it from below; and
+    sum |truth| <= sum |gaps| - sum of sign(truth) Z, from above.
+    """
+    count, groups, level = len(gaps), int(owner.max()) + 1, common["level"]
+    # Each lesion's pull on each bin's gap: its own part, less its class's mean in every bin.
+    table = np.bincount(owner * count + bin_of, weight * (malignant - p), groups * count).reshape(groups, count)
+    for kind in (malignant, ~malignant):
+        mean = np.bincount(bin_of[kind], (malignant - p)[kind], count) / kind.sum()
+        table -= np.bincount(owner[kind], weight[kind], groups)[:, None] * mean
+    covariance = table.T @ table * groups / max(groups - 1, 1)
+    errors = np.sqrt(np.diag(covariance))
+    plain = float(np.abs(gaps).sum())
+    z = np.divide(np.abs(gaps), errors, out=np.full(count, 40.0), where=errors > 0)
+    normal = NormalDist()
+    # How much larger |gap + noise| is than |gap|, on average.
+    excess = np.array([2 * (normal.pdf(one) - one * normal.cdf(-one)) for one in z])
+    corrected = max(0.0, plain - float(errors @ excess))
+    about = (level, METHOD_ECE, common["replicates"], 0, groups, common["malignant"])
+    reason = NOT_ASKED if not common["replicates"] else None
+    if common["malignant"] < FEWEST_MALIGNANT:
+        reason = reason or too_few(common["malignant"])
+    if reason:
+        return plain, corrected, Interval(None, None, *about, reason)
+    values, vectors = np.linalg.eigh(covariance)
+    noise = np.random.default_rng([seed, 2]).standard_normal((common["replicates"], count))
+    noise = noise @ (vectors * np.sqrt(np.maximum(values, 0))).T
+    low = plain - float(np.quantile(np.abs(noise).sum(axis=1), (1 + level) / 2))
+    sign = np.sign(gaps)
+    high = plain + normal.inv_cdf((1 + level) / 2) * float(np.sqrt(sign @ covariance @ sign))
+    return plain, corrected, Interval(min(max(0.0, low), corrected), high, *about)
 
 
-def _observed(
-    found: NDArray[np.bool_], owner: Ints, observed: float, share: float, malignant: NDArray[np.bool_], level: float
-) -> Figure:
-    """The share of malignant lesions in a bin at the stated prevalence; the interval's odds are moved as the data's."""
-    shift = _log_odds(share) - _log_odds(float(malignant.mean()))
-    _, cluster = np.unique(owner, return_inverse=True)
-    hit, groups, tail = found.astype(np.float64), int(cluster.max()) + 1, (1 - level) / 2
-    size, q = effective_size(hit, cluster.astype(np.int64)), float(hit.mean())
-    low = beta_quantile(q * size, (1 - q) * size + 1, tail) if q > 0 else 0.0
-    high = beta_quantile(q * size + 1, (1 - q) * size, 1 - tail) if q < 1 else 1.0
-    moved = [float(q / (q + (1 - q) * np.exp(-shift))) for q in (low, high)]
-    return Figure(observed, Interval(moved[0], moved[1], level, METHOD_BIN, 0, 0, groups, int(found.sum())))
-
-
-METHOD_BIN = "Clopper-Pearson, effective sample size by patient"
+def _observed(found: NDArray[np.bool_], owner: Ints, alike: float, odds_shift: float, common: dict[str, Any]) -> Figure:
+    """The share of malignant lesions in a bin at the stated prevalence: share and interval in the data, odds moved."""
+    share, size = (float(one[1]) for one in shares(found.astype(np.int64), owner, 2))
+    if not 0 < share < 1:
+        size = len(found) * alike
+    low, high = share_interval(share, size, common["level"])
+    value, low, high = (q / (q + (1 - q) * float(np.exp(-odds_shift))) for q in (share, low, high))
+    about = (common["level"], METHOD_BIN, 0, 0, len(np.unique(owner)), int(found.sum()))
+    if not common["replicates"]:
+        return Figure(value, Interval(None, None, *about, NOT_ASKED))
+    return Figure(value, Interval(low, high, *about))

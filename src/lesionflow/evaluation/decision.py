@@ -17,11 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lesionflow.errors import DataError
-from lesionflow.evaluation.intervals import FEWEST_MALIGNANT
-from lesionflow.evaluation.metrics import Groups, checked, codes
-from lesionflow.evaluation.prevalence import stated, too_few
-from lesionflow.evaluation.quantiles import beta_quantile
-from lesionflow.evaluation.rates import effective_size
+from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED
+from lesionflow.evaluation.metrics import Floats, Groups, checked, codes
+from lesionflow.evaluation.prevalence import share_interval, shares, stated, too_few
 
 METHOD = "patient-clustered Clopper-Pearson of both classes, joined by MOVER, pointwise"
 
@@ -48,36 +46,36 @@ def decision_curve(
     share, owner = stated(malignant, prevalence), codes(groups, len(probability))
     threshold = np.geomspace(share / 20, min(share * 50, 0.5), points)
     odds = threshold / (1 - threshold)
-    reason = too_few(int(malignant.sum())) if malignant.sum() < FEWEST_MALIGNANT else None
-    net, low, high = np.empty(points), np.empty(points), np.empty(points)
-    for i, t in enumerate(threshold):
-        rates = [_share(probability[kind] >= t, owner[kind], level, reason is None) for kind in (malignant, ~malignant)]
-        (found, found_low, found_high), (passed, passed_low, passed_high) = rates
-        net[i] = share * found - (1 - share) * odds[i] * passed
-        gain, cost = share, (1 - share) * odds[i]
-        low[i] = net[i] - np.hypot(gain * (found - found_low), cost * (passed_high - passed))
-        high[i] = net[i] + np.hypot(gain * (found_high - found), cost * (passed - passed_low))
+    reason = NOT_ASKED if not replicates else None
+    if malignant.sum() < FEWEST_MALIGNANT:
+        reason = reason or too_few(int(malignant.sum()))
+    gain, cost = share, (1 - share) * odds
+    # The number of thresholds that a lesion reaches.
+    cell = np.searchsorted(threshold, probability, "right")
+    (found, found_size), (passed, passed_size) = (
+        [one[1:] for one in shares(cell[kind], owner[kind], points + 1)] for kind in (malignant, ~malignant)
+    )
+    net = gain * found - cost * passed
+    low, high = net.copy(), net.copy()
+    if reason is None:
+        found_low, found_high = _intervals(found, found_size, level)
+        passed_low, passed_high = _intervals(passed, passed_size, level)
+        low -= np.hypot(gain * (found - found_low), cost * (passed_high - passed))
+        high += np.hypot(gain * (found_high - found), cost * (passed - passed_low))
     return {
         "prevalence": share,
         "probability": threshold.tolist(),
         "net_benefit": net.tolist(),
         "low": None if reason else low.tolist(),
         "high": None if reason else high.tolist(),
-        "treat_all": (share - (1 - share) * odds).tolist(),
+        "treat_all": (gain - cost).tolist(),
         "level": level,
         "method": METHOD,
         "reason": reason,
     }
 
 
-def _share(flagged: ArrayLike, owner: ArrayLike, level: float, wanted: bool) -> tuple[float, float, float]:
-    """Share of flagged lesions [n] with its interval."""
-    hit = np.asarray(flagged).astype(np.float64)
-    value = float(hit.mean())
-    if not wanted:
-        return value, value, value
-    cluster = np.unique(np.asarray(owner), return_inverse=True)[1].astype(np.int64)
-    size, tail = effective_size(hit, cluster), (1 - level) / 2
-    low = beta_quantile(value * size, (1 - value) * size + 1, tail) if value > 0 else 0.0
-    high = beta_quantile(value * size + 1, (1 - value) * size, 1 - tail) if value < 1 else 1.0
-    return value, low, high
+def _intervals(share: Floats, size: Floats, level: float) -> Floats:
+    """Lower and upper ends, float64 [2, T]."""
+    found = [share_interval(s, n, level) for s, n in zip(share.tolist(), size.tolist(), strict=True)]
+    return np.array(found).T

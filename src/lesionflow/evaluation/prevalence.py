@@ -13,18 +13,17 @@ The degrees of freedom are Satterthwaite's: few, where few patients carry the va
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lesionflow.errors import UsageError
-from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, Figure, Interval
+from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED, Figure, Interval
 from lesionflow.evaluation.metrics import Floats, Ints
-from lesionflow.evaluation.quantiles import student_quantile
+from lesionflow.evaluation.quantiles import beta_quantile, satterthwaite, student_quantile
 
 METHOD = "patient-clustered, linearised, t"
-Scale = tuple[Callable[[float], float], Callable[[float], float], Callable[[float], float]]
 
 
 def stated(malignant: NDArray[np.bool_], prevalence: float) -> float:
@@ -55,40 +54,74 @@ def linearised(
     *,
     malignant: int,
     level: float,
+    replicates: int = 1,
     scale: str = "real",
 ) -> Figure:
     """`value` with its interval, from each lesion's `pull` [n] and its group 0..G-1 [n].
 
-    `scale`: `real` (anything), `positive` (log) or `share` (logit).
+    `scale`: `real` (anything), `positive` (log). `replicates=0` leaves the interval out, as everywhere.
     """
     groups = int(owner.max()) + 1
     squares = np.bincount(owner, pull, groups) ** 2
-    variance = float(squares.sum()) * groups / max(groups - 1, 1)
+    total, method = float(squares.sum()), METHOD if scale == "real" else f"{METHOD}, log scale"
 
     def refused(reason: str) -> Figure:
-        return Figure(value, Interval(None, None, level, METHOD, 0, 0, groups, malignant, reason))
+        return Figure(value, Interval(None, None, level, method, 0, 0, groups, malignant, reason))
 
+    if not replicates:
+        return refused(NOT_ASKED)
     if malignant < FEWEST_MALIGNANT:
         return refused(too_few(malignant))
-    if not variance > 0:
+    if groups < 2 or not total > 0 or (scale == "positive" and value <= 0):
         return refused("the figure does not vary between patients")
-    spread = float((squares**2).sum()) - float(squares.sum()) ** 2 / groups
-    freedom = min(max(2 * float(squares.sum()) ** 2 / spread, 1.0), groups - 1.0) if spread > 0 else groups - 1.0
-    error = student_quantile((1 + level) / 2, freedom) * variance**0.5
+    freedom = satterthwaite(total, float((squares**2).sum()), groups)
+    error = student_quantile((1 + level) / 2, freedom) * (total * groups / (groups - 1)) ** 0.5
+    low, high = value - error, value + error
     if scale == "positive":
-        if value <= 0:
-            return refused("the figure is 0, so it has no logarithm")
-        low, high = value * float(np.exp(-error / value)), value * float(np.exp(error / value))
-    elif scale == "share":
-        if not 0 < value < 1:
-            return refused("the share is 0 or 1, so it does not vary")
-        centre, half = np.log(value / (1 - value)), error / (value * (1 - value))
-        low, high = (float(1 / (1 + np.exp(-(centre + side * half)))) for side in (-1, 1))
-    else:
-        low, high = value - error, value + error
-    if not np.isfinite(high):
-        return refused("the standard error is too large to say anything")
-    return Figure(value, Interval(low, high, level, METHOD, 0, 0, groups, malignant))
+        low, high = value * float(np.exp(-error / value)), value * float(np.exp(min(error / value, 700)))
+    return Figure(value, Interval(low, high, level, method, 0, 0, groups, malignant))
+
+
+def shares(cell: Ints, owner: Ints, cells: int) -> tuple[Floats, Floats]:
+    """For each c = 0..cells-1 the share of lesions with `cell` >= c, and how many independent lesions say as much.
+
+    cell, owner int64 [n]; both results float64 [cells]. The size is Korn & Graubard's, as in `rates.proportion`;
+    where a share is 0 or 1 it is that of the share nearest to it, as if the lesions were as clustered there.
+    """
+    _, cluster, size = np.unique(owner, return_inverse=True, return_counts=True)
+    count, clusters = len(cell), len(size)
+    several = size > 1
+    # Lone lesions need no table: each is found or not, and its square is itself.
+    row = (np.cumsum(several) - 1)[cluster]
+    lone = ~several[cluster]
+    alone = np.bincount(cell[lone], minlength=cells)[::-1].cumsum()[::-1].astype(np.float64)
+    table = np.bincount(row[~lone] * cells + cell[~lone], minlength=int(several.sum()) * cells)
+    above = table.reshape(-1, cells)[:, ::-1].cumsum(axis=1)[:, ::-1].astype(np.float64)
+    members = size[several].astype(np.float64)
+    share = (alone + above.sum(axis=0)) / count
+    # The sum over clusters of (found - share * members) squared, multiplied out.
+    squares = np.einsum("gc,gc->c", above, above) + alone - 2 * share * (members @ above + alone)
+    squares += share**2 * (float(members @ members) + float(lone.sum()))
+    variance = squares / count**2 * clusters / max(clusters - 1, 1)
+    inside = (share > 0) & (share < 1) & (variance > 0)
+    if clusters < 2 or not inside.any():
+        return share, np.full(cells, float(clusters))
+    certainty = student_quantile(0.975, count - 1) / student_quantile(0.975, clusters - 1)
+    known = np.minimum(count, share[inside] * (1 - share[inside]) / variance[inside] * certainty**2)
+    return share, known[np.argmin(np.abs(np.arange(cells)[:, None] - np.nonzero(inside)[0]), axis=1)]
+
+
+def share_interval(share: float, size: float, level: float) -> tuple[float, float]:
+    """Clopper and Pearson's two-sided interval of a share of `size` independent lesions; of very many, Wilson's."""
+    tail = (1 - level) / 2
+    if share * (1 - share) * size > 400:
+        z = NormalDist().inv_cdf(1 - tail)
+        middle, half = share + z**2 / (2 * size), z * (share * (1 - share) / size + z**2 / (4 * size**2)) ** 0.5
+        return (middle - half) / (1 + z**2 / size), (middle + half) / (1 + z**2 / size)
+    hits, misses = share * size, (1 - share) * size
+    low = beta_quantile(hits, misses + 1, tail) if share > 0 else 0.0
+    high = beta_quantile(hits + 1, misses, 1 - tail) if share < 1 else 1.0
+    return low, high
 
 
 def too_few(malignant: int) -> str:

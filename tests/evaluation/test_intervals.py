@@ -155,10 +155,17 @@ def test_reversed_scores_get_a_reason():
 
 
 def test_replicates_of_one_class_are_dropped_and_counted():
-    y, s, g = cohort(10, malignant=25, patients=30)
-    g = np.where(y == 1, 0, g + 1)  # Every malignant lesion is the same patient's.
+    y, s, g = cohort(10, malignant=40, patients=30, benign=20, separation=1)
+    g = np.where(y == 1, g % 10, 999)  # All benign lesions are one patient's.
     one = intervals.bootstrap_pauc(y, s, g, replicates=400)
     assert 0.25 * 400 < one.dropped < 0.6 * 400
+
+
+def test_malignant_lesions_of_few_patients_get_no_interval():
+    y, s, g = cohort(10, malignant=60, patients=30)
+    few = intervals.bootstrap_pauc(y, s, np.where(y == 1, g % 9, g + 9), replicates=100)
+    assert "malignant lesions of 9 patients: under 10" in few.reason
+    assert intervals.bootstrap_pauc(y, s, np.where(y == 1, g % 10, g + 10), replicates=100).low is not None
 
 
 def test_the_mean_of_folds_has_an_interval_narrower_than_one_fold():

@@ -26,6 +26,8 @@ from lesionflow.evaluation.resample import Measure, Patients, partial_area
 
 FEWEST_MALIGNANT = 20
 """Below this no interval is worth printing."""
+FEWEST_GROUPS = 10
+"""Nor where the lesions that it hangs on are of fewer patients (or lesions of unknown patients)."""
 FEWEST_PER_FOLD = 5
 METHOD = "patient-clustered bootstrap-t, logit scale"
 METHOD_SEPARATED = "exact bound at complete separation"
@@ -133,7 +135,7 @@ def bootstrap_mean_of_folds(
 ) -> Interval:
     """Interval of the mean over folds of the pAUC; patients are drawn within their fold, as folds are fixed."""
     parts = parts_of(y, s, groups, folds)
-    return mean_figures(parts, [partial_area(min_tpr)], replicates, seed, level)[0].interval
+    return mean_figures(parts, [partial_area(min_tpr)], replicates, seed, level)[1][0].interval
 
 
 def parts_of(y: ArrayLike, s: ArrayLike, groups: Groups, folds: ArrayLike) -> list[Patients]:
@@ -146,7 +148,7 @@ def figures(patients: Patients, measures: Sequence[Measure], replicates: int, se
     """Each measure of the first score vector, with its interval, all from the same replicates."""
     points = patients.tables[0].estimate(patients.everyone(), measures)
     values = [float(value[0]) for value, _ in points]
-    if reason := _not_asked(replicates) or _too_few(patients.malignant):
+    if reason := _not_asked(replicates) or _too_few([patients]):
         return [Figure(value, _refused([patients], level, reason)) for value in values]
     sampled = sample(patients, measures, replicates, seed)
     return [_figure(one, m, [patients], replicates, level) for one, m in zip(sampled, measures, strict=True)]
@@ -154,16 +156,24 @@ def figures(patients: Patients, measures: Sequence[Measure], replicates: int, se
 
 def mean_figures(
     parts: Sequence[Patients], measures: Sequence[Measure], replicates: int, seed: int, level: float
-) -> list[Figure]:
-    """Each measure's mean over the parts; groups are drawn within their part."""
+) -> tuple[list[list[Figure]], list[Figure]]:
+    """Each part's measures, and their means over the parts; groups are drawn within their part."""
     count = len(parts)
-    reason = _not_asked(replicates) or _too_few(sum(p.malignant for p in parts))
-    if reason := reason or _too_few(min(p.malignant for p in parts), FEWEST_PER_FOLD):
-        points = [p.tables[0].estimate(p.everyone(), measures) for p in parts]
-        values = [sum(float(one[i][0][0]) for one in points) / count for i in range(len(measures))]
-        return [Figure(value, _refused(parts, level, reason)) for value in values]
+    if reason := _not_asked(replicates) or _too_few(parts):
+        alone = [figures(p, measures, replicates, seed + i, level) for i, p in enumerate(parts)]
+        values = [sum(float(one[i].value or 0.0) for one in alone) / count for i in range(len(measures))]
+        return alone, [Figure(value, _refused(parts, level, reason)) for value in values]
     per_part = [sample(p, measures, replicates, seed + i) for i, p in enumerate(parts)]
-    result: list[Figure] = []
+    alone = []
+    for part, drawn in zip(parts, per_part, strict=True):
+        few = _too_few([part])
+        alone.append(
+            [
+                Figure(one.value, _refused([part], level, few)) if few else _figure(one, m, [part], replicates, level)
+                for one, m in zip(drawn, measures, strict=True)
+            ]
+        )
+    means = []
     for measure, each in zip(measures, zip(*per_part, strict=True), strict=True):
         variance = sum(one.error**2 for one in each)
         mean = Sampled(
@@ -173,8 +183,8 @@ def mean_figures(
             np.sqrt(np.sum([one.errors**2 for one in each], axis=0)) / count,
             variance**2 / max(sum(one.error**4 / one.freedom for one in each), 1e-300),
         )
-        result.append(_figure(mean, measure, parts, replicates, level))
-    return result
+        means.append(_figure(mean, measure, parts, replicates, level))
+    return alone, means
 
 
 def sample(patients: Patients, measures: Sequence[Measure], replicates: int, seed: int) -> list[Sampled]:
@@ -209,9 +219,20 @@ def _interval(one: Sampled, measure: Measure, parts: Sequence[Patients], replica
     centre = np.log(one.value / (maximum - one.value))
     error = one.error * maximum / (one.value * (maximum - one.value))
     high_t, low_t = np.quantile(t, [(1 + level) / 2, (1 - level) / 2])
-    high_t *= student_quantile((1 + level) / 2, one.freedom) / NormalDist().inv_cdf((1 + level) / 2)
+    high_t *= _stretch(one.freedom, sum(p.malignant_groups for p in parts), level)
     low, high = (maximum / (1 + np.exp(error * q - centre)) for q in (high_t, low_t))
     return _made(min(low, one.value), max(high, one.value), METHOD, parts, level, replicates, replicates - len(t))
+
+
+def _stretch(freedom: float, malignant_groups: int, level: float) -> float:
+    """How much further the lower end must reach than the replicates say, which know no worse lesion than the data's.
+
+    Student's quantile for the normal one, as few groups make up the standard error; and the standard deviation of
+    Student's t, as few groups have a malignant lesion.
+    """
+    tail = (1 + level) / 2
+    wider: float = (malignant_groups / (malignant_groups - 2)) ** 0.5
+    return student_quantile(tail, freedom) / NormalDist().inv_cdf(tail) * wider
 
 
 def student(one: Sampled, maximum: float) -> Floats:
@@ -239,11 +260,15 @@ def _not_asked(replicates: int) -> str | None:
     return None if replicates else NOT_ASKED
 
 
-def _too_few(malignant: int, fewest: int = FEWEST_MALIGNANT) -> str | None:
-    where = "" if fewest == FEWEST_MALIGNANT else " in a fold"
-    if malignant >= fewest:
-        return None
-    return f"{malignant} malignant lesions{where}: under {fewest}, no interval is worth printing"
+def _too_few(parts: Sequence[Patients]) -> str | None:
+    malignant, groups = sum(p.malignant for p in parts), sum(p.malignant_groups for p in parts)
+    if malignant < FEWEST_MALIGNANT:
+        return f"{malignant} malignant lesions: under {FEWEST_MALIGNANT}, no interval is worth printing"
+    if groups < FEWEST_GROUPS:
+        return f"malignant lesions of {groups} patients: under {FEWEST_GROUPS}, no interval is worth printing"
+    if len(parts) > 1 and (least := min(p.malignant for p in parts)) < FEWEST_PER_FOLD:
+        return f"{least} malignant lesions in a fold: under {FEWEST_PER_FOLD}, no interval is worth printing"
+    return None
 
 
 def _made(

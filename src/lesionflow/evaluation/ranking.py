@@ -2,7 +2,7 @@
 
     ranking(y, s, groups)                        of scores that can be compared as they are
     ranking(y, s, groups, folds=fold)            ranked within each fold first: several models' scores
-    mean_of_folds(y, s, groups, folds)           each fold on its own, then averaged
+    by_fold(y, s, groups, folds)                 each fold on its own, and averaged; `mean_of_folds`: the latter
 
 Keys, and what a figure lies between: `pauc` 0..0.2 and `pauc_88` 0..0.12 (above 80 and 88 % sensitivity), `auc`
 and `average_precision` 0..1.
@@ -11,7 +11,7 @@ and `average_precision` 0..1.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from lesionflow.evaluation.intervals import Figure, figures, mean_figures, parts_of
 from lesionflow.evaluation.metrics import MIN_TPR, Groups, checked, codes, fold_rank
@@ -58,19 +58,47 @@ def mean_of_folds(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Figure]:
-    """`MEASURES` of each fold, averaged. Groups are drawn within their fold, as the folds are fixed.
+    """`MEASURES` of each fold, averaged: the second part of `by_fold`."""
+    return by_fold(y, s, groups, folds, min_tpr=min_tpr, replicates=replicates, seed=seed, level=level)[1]
 
-    A fold of one class has no value, so there is no mean: value None, with the reason.
+
+def by_fold(
+    y: ArrayLike,
+    s: ArrayLike,
+    groups: Groups,
+    folds: ArrayLike,
+    *,
+    min_tpr: float = MIN_TPR,
+    replicates: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[list[dict[str, Figure]], dict[str, Figure]]:
+    """`MEASURES` of each fold, in the folds' order, and averaged over them, from the same replicates.
+
+    Groups are drawn within their fold, as the folds are fixed. A fold of one class has no value, so there is no
+    mean either: value None, with the reason.
     """
     truth, scores = checked(y, s)
     fold, owner = np.asarray(folds), codes(groups, len(truth))
-    single = sum(truth[fold == f].all() or not truth[fold == f].any() for f in np.unique(fold))
-    if single:
-        reason = f"{single} of {len(np.unique(fold))} folds have one class only"
-        clusters, malignant = int(owner.max()) + 1, int(truth.sum())
-        return dict.fromkeys(MEASURES, Figure.missing(reason, level=level, clusters=clusters, malignant=malignant))
-    parts = parts_of(truth, scores, owner, fold)
-    return dict(zip(MEASURES, mean_figures(parts, _measures(min_tpr), replicates, seed, level), strict=True))
+    options, measures = (replicates, seed, level), _measures(min_tpr)
+    names = np.unique(fold)
+    if not (single := [f for f in names if len(np.unique(truth[fold == f])) == 1]):
+        each, mean = mean_figures(parts_of(truth, scores, owner, fold), measures, *options)
+        return [dict(zip(MEASURES, one, strict=True)) for one in each], dict(zip(MEASURES, mean, strict=True))
+
+    def missing(here: NDArray[np.bool_], reason: str) -> dict[str, Figure]:
+        about = {"clusters": len(np.unique(owner[here])), "malignant": int(truth[here].sum())}
+        return dict.fromkeys(MEASURES, Figure.missing(reason, level=level, **about))
+
+    alone = []
+    for i, f in enumerate(names):
+        here = fold == f
+        if f in single:
+            alone.append(missing(here, f"all its lesions are {'malignant' if truth[here].any() else 'benign'}"))
+            continue
+        found = figures(Patients(truth[here], [scores[here]], owner[here]), measures, replicates, seed + i, level)
+        alone.append(dict(zip(MEASURES, found, strict=True)))
+    return alone, missing(fold == fold, f"{len(single)} of {len(names)} folds have one class only")
 
 
 def _measures(min_tpr: float) -> list[Measure]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lesionflow.errors import DataError, UsageError
-from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED, Figure, Interval
+from lesionflow.evaluation.intervals import FEWEST_GROUPS, FEWEST_MALIGNANT, NOT_ASKED, Figure, Interval
 from lesionflow.evaluation.metrics import Floats, Groups, Ints, codes
 from lesionflow.evaluation.quantiles import beta_quantile, satterthwaite, student_quantile
 
@@ -29,8 +29,6 @@ METHOD = "cluster-robust t, {} scale"
 METHOD_LIMIT = "exact bound at the limit"
 METHOD_PROPORTION = "Clopper-Pearson, effective sample size by patient"
 SCALES = {"share": "logit", "positive": "log", "real": "plain"}
-FEWEST_CLUSTERS = 10
-"""With fewer patients (or lesions of unknown patients) that contribute no interval is worth printing."""
 
 
 def rate(
@@ -64,8 +62,8 @@ def rate(
     reason = NOT_ASKED if not replicates else None
     if malignant < fewest:
         reason = reason or f"{malignant} malignant lesions: under {fewest}, no interval is worth printing"
-    if clusters < FEWEST_CLUSTERS:
-        reason = reason or f"lesions of {clusters} patients: under {FEWEST_CLUSTERS}, no interval is worth printing"
+    if clusters < FEWEST_GROUPS:
+        reason = reason or f"lesions of {clusters} patients: under {FEWEST_GROUPS}, no interval is worth printing"
     if reason:
         return Figure(value, Interval(None, None, level, method, 0, 0, clusters, malignant, reason))
     residual = (above - value * below) / whole
@@ -95,8 +93,8 @@ def proportion(found: ArrayLike, groups: Groups, *, replicates: int = 2000, leve
     reason = NOT_ASKED if not replicates else None
     if len(hit) < FEWEST_MALIGNANT:
         reason = reason or f"{len(hit)} malignant lesions: under {FEWEST_MALIGNANT}, no interval is worth printing"
-    if clusters < FEWEST_CLUSTERS:
-        reason = reason or f"lesions of {clusters} patients: under {FEWEST_CLUSTERS}, no interval is worth printing"
+    if clusters < FEWEST_GROUPS:
+        reason = reason or f"lesions of {clusters} patients: under {FEWEST_GROUPS}, no interval is worth printing"
     if reason:
         return Figure(share, Interval(None, None, level, METHOD_PROPORTION, 0, 0, clusters, len(hit), reason))
     size = effective_size(hit, owner)

@@ -5,14 +5,14 @@ A cell shows a figure only where its interval has earned it: ranking and sensiti
 without the value are a cell of their own, `unknown`; a column that isn't there leaves the partition out, with the
 reason.
 
-`difference` is a cell's pAUC minus that of all other lesions. Patients with lesions on both sides make the two alike,
-so its standard error is that of the difference itself: each patient's pull on the one less the pull on the other
-(infinitesimal jackknife, see `resample.influence`), with Student's t and Satterthwaite's degrees of freedom.
+`difference` is a cell's pAUC minus that of all other lesions. Its interval is put together from those of the two,
+which are wider below than above (Zou and Donner's method of variance estimates recovery), with the correlation that
+patients with lesions on both sides bring, by the infinitesimal jackknife (`resample.influence`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,9 @@ OTHERS = "others together"
 MOST_CELLS = 20
 """Values of an open column that are shown; the rarer ones are one cell."""
 _THREADS = 2
-METHOD_DIFFERENCE = "cluster-robust t of the difference"
+METHOD_DIFFERENCE = "variance recovered from both intervals, patient-clustered"
+MANY_MALIGNANT = 100
+"""From here on the interval of all others, which moves a difference least, is made without drawing."""
 TONE_NOTE = (
     "Skin tone is a proxy: the individual typology angle of the skin beside the lesion, from the photograph's "
     "lightness. It depends on lighting and camera and is not a person's skin type."
@@ -195,34 +197,33 @@ class _Lesions:
 
     def cells(self, labels: Sequence[str], cell: Ints) -> list[dict[str, Any]]:
         """The figures of each cell, lesions in `cell` 0.. as their label's place."""
-        differences = self._differences(cell, len(labels))
         # numpy lets other threads work meanwhile, so two cells take little longer than one.
         with ThreadPoolExecutor(_THREADS) as pool:
-            masks = (cell == k for k in range(len(labels)))
-            return list(pool.map(self._cell, labels, masks, differences))
+            return list(pool.map(self._cell, labels, (cell == k for k in range(len(labels)))))
 
-    def _cell(self, label: str, here: NDArray[np.bool_], difference: Figure) -> dict[str, Any]:
+    def _cell(self, label: str, here: NDArray[np.bool_]) -> dict[str, Any]:
         y, s, owner = self.malignant[here], self.scores[here], self.owner[here]
         lesions, ill, clusters = len(y), int(y.sum()), len(np.unique(owner))
         counts = {"label": label, "lesions": lesions, "malignant": ill, "groups": clusters}
-        pauc = auc = sensitivity = specificity = self._missing(_too_few(ill), clusters, ill)
-        if ill >= intervals.FEWEST_MALIGNANT and ill < lesions:
+        pauc = auc = sensitivity = self._missing(_too_few(y, owner), clusters, ill)
+        specificity = self._missing("no benign lesions", clusters, ill)
+        if not (few := _too_few(y, owner)) and ill < lesions:
             measures = [partial_area(MIN_TPR), partial_area(0.0)]
             patients = Patients(y, [s], owner)
             pauc, auc = map(_earned, figures(patients, measures, self.replicates, self.seed, self.level))
-        elif ill == lesions and ill:
-            pauc = auc = self._missing("no benign lesions", clusters, ill)
+        elif not few:
+            pauc = auc = specificity
         if self.flagged is None:
             sensitivity = specificity = self._missing("no threshold", clusters, ill)
         else:
             flagged = self.flagged[here]
-            if ill >= intervals.FEWEST_MALIGNANT:
-                sensitivity = _earned(proportion(flagged[y], owner[y], level=self.level))
-            specificity = self._missing("no benign lesions", clusters, ill)
+            if not few:
+                sensitivity = _earned(proportion(flagged[y], owner[y], replicates=self.replicates, level=self.level))
             if ill < lesions:
                 specificity = _earned(self._specificity(flagged[~y], owner[~y]))
         shown = {
-            "pauc": pauc, "auc": auc, "sensitivity": sensitivity, "specificity": specificity, "difference": difference
+            "pauc": pauc, "auc": auc, "sensitivity": sensitivity, "specificity": specificity,
+            "difference": self._difference(here, pauc),
         }  # fmt: skip
         return counts | {name: figure.to_dict() for name, figure in shown.items()}
 
@@ -235,34 +236,62 @@ class _Lesions:
             seed=self.seed, level=self.level,
         )  # fmt: skip
 
-    def _differences(self, cell: Ints, count: int) -> Iterator[Figure]:
-        """pAUC of each cell 0..count-1 less that of all other lesions."""
-        lesions = np.bincount(cell * self.columns + self.column, minlength=count * self.columns)
-        inside = lesions.reshape(count, self.columns).astype(np.float64)
-        outside = inside.sum(axis=0) - inside
-        benign, ill = slice(0, 2 * self.size + 1), slice(2 * self.size + 1, self.columns)
-        clusters = int(self.owner.max()) + 1
-        for k in range(count):
-            m, m_outside = int(inside[k, ill].sum()), int(outside[k, ill].sum())
-            if reason := _no_difference(m, m_outside, inside[k, benign].sum(), outside[k, benign].sum()):
-                yield self._missing(reason, clusters, m)
-                continue
-            both = np.stack([inside[k], outside[k]])
-            (value, rest), pull = influence(both[:, benign], both[:, ill], MIN_TPR)
-            own = exact_sums(np.where(cell == k, pull[0][self.column], -pull[1][self.column]), self.owner)
-            yield self._difference(float(value - rest), own, m)
+    def _difference(self, here: NDArray[np.bool_], pauc: Figure) -> Figure:
+        """The cell's `pauc` less that of all other lesions."""
+        inside, clusters = pauc.interval, len(np.unique(self.owner))
+        y, owner = self.malignant[~here], self.owner[~here]
+        if pauc.value is None:
+            return Figure.missing(
+                inside.reason or "", level=self.level, clusters=inside.clusters, malignant=inside.malignant
+            )
+        if reason := ("no other lesions" if not len(y) else _too_few(y, owner)) or _one_class(y):
+            return self._missing(f"all others: {reason}", clusters, inside.malignant)
+        benign, ill = slice(0, 2 * self.size + 1), slice(2 * self.size + 1, None)
+        counts = np.stack([np.bincount(self.column[side], minlength=self.columns) for side in (here, ~here)])
+        (_, rest), pull = influence(counts[:, benign].astype(np.float64), counts[:, ill].astype(np.float64), MIN_TPR)
+        value = pauc.value - float(rest)
+        outside = self._outside(~here, float(rest), pull[1])
+        if inside.low is None or inside.high is None or outside is None:
+            reason = inside.reason or "all others: their pAUC does not vary"
+            interval = Interval(None, None, self.level, METHOD_DIFFERENCE, 0, 0, clusters, inside.malignant, reason)
+            return _earned(Figure(value, interval))
+        alike = self._correlation(here, pull)
+        below, above = pauc.value - inside.low, inside.high - pauc.value
+        rest_below, rest_above = float(rest) - outside[0], outside[1] - float(rest)
+        low = value - _add(below, rest_above, alike)
+        high = value + _add(above, rest_below, alike)
+        return Figure(
+            value,
+            Interval(
+                low, high, self.level, METHOD_DIFFERENCE, inside.replicates, inside.dropped, clusters, inside.malignant
+            ),
+        )
 
-    def _difference(self, value: float, pull: Floats, malignant: int) -> Figure:
-        clusters, squared = len(pull), float((pull**2).sum())
-        reason = NOT_ASKED if not self.replicates else None if squared > 0 else "the difference does not vary"
-        if reason:
-            figure = Interval(None, None, self.level, METHOD_DIFFERENCE, 0, 0, clusters, malignant, reason)
-            return _earned(Figure(value, figure))
-        freedom = satterthwaite(squared, float((pull**4).sum()), clusters)
+    def _outside(self, others: NDArray[np.bool_], value: float, pull: Floats) -> tuple[float, float] | None:
+        """Interval of the pAUC of all others: by draws where few are malignant, else Student's t, far quicker."""
+        y = self.malignant[others]
+        if int(y.sum()) < MANY_MALIGNANT or not 0 < value < 1 - MIN_TPR:
+            patients = Patients(y, [self.scores[others]], self.owner[others])
+            drawn = figures(patients, [partial_area(MIN_TPR)], self.replicates, self.seed, self.level)[0].interval
+            return None if drawn.low is None or drawn.high is None else (drawn.low, drawn.high)
+        parts = exact_sums(pull[self.column[others]], self.owner[others])
+        parts = parts[parts != 0]
+        clusters, squared = len(parts), float((parts**2).sum())
+        freedom = satterthwaite(squared, float((parts**4).sum()), clusters)
         reach = student_quantile((1 + self.level) / 2, freedom) * float(np.sqrt(squared * clusters / (clusters - 1)))
         most = 1 - MIN_TPR
-        low, high = max(value - reach, -most), min(value + reach, most)
-        return Figure(value, Interval(low, high, self.level, METHOD_DIFFERENCE, 0, 0, clusters, malignant))
+        centre, step = np.log(value / (most - value)), reach * most / (value * (most - value))
+        low, high = (most / (1 + np.exp(-(centre + side))) for side in (-step, step))
+        return float(low), float(high)
+
+    def _correlation(self, here: NDArray[np.bool_], pull: Floats) -> float:
+        """Of the two figures, by what each patient with lesions on both sides does to either."""
+        own = [
+            exact_sums(np.where(side, one[self.column], 0.0), self.owner)
+            for side, one in zip((here, ~here), pull, strict=True)
+        ]
+        spread = np.sqrt((own[0] ** 2).sum() * (own[1] ** 2).sum())
+        return float((own[0] * own[1]).sum() / spread) if spread > 0 else 0.0
 
     def _missing(self, reason: str, clusters: int, malignant: int) -> Figure:
         return Figure.missing(reason, level=self.level, clusters=clusters, malignant=malignant)
@@ -275,13 +304,20 @@ def _earned(figure: Figure) -> Figure:
     return Figure(None, figure.interval)
 
 
-def _too_few(malignant: int) -> str:
-    return f"{malignant} malignant lesions: under {intervals.FEWEST_MALIGNANT}, no interval is worth printing"
+def _too_few(y: NDArray[np.bool_], owner: Ints) -> str:
+    """Why these lesions can't carry an interval; empty if they can."""
+    malignant, fewest = int(y.sum()), intervals.FEWEST_MALIGNANT
+    if malignant < fewest:
+        return f"{malignant} malignant lesions: under {fewest}, no interval is worth printing"
+    if (patients := len(np.unique(owner[y]))) < (fewest := intervals.FEWEST_GROUPS):
+        return f"malignant lesions of {patients} patients: under {fewest}, no interval is worth printing"
+    return ""
 
 
-def _no_difference(malignant: int, outside: int, benign: float, benign_outside: float) -> str | None:
-    if malignant < intervals.FEWEST_MALIGNANT:
-        return _too_few(malignant)
-    if outside < intervals.FEWEST_MALIGNANT:
-        return f"all others have {_too_few(outside)}"
-    return None if benign and benign_outside else "no benign lesions on one side"
+def _one_class(y: NDArray[np.bool_]) -> str:
+    return "no benign lesions" if y.all() else ""
+
+
+def _add(first: float, second: float, alike: float) -> float:
+    """How far a difference reaches when its two figures reach that far and are correlated."""
+    return float(np.sqrt(max(0.0, first**2 + second**2 - 2 * alike * first * second)))

@@ -289,10 +289,10 @@ def test_the_checklists_are_complete():
 
 @pytest.mark.parametrize("items", [checklists.CLAIM, checklists.TRIPOD], ids=["CLAIM", "TRIPOD"])
 def test_every_pointer_of_a_checklist_leads_somewhere(items):
-    found, context = sample.metrics("institution"), sample.context() | {"gallery_path": "gallery.html"}
+    found, context = sample.metrics("institution"), sample.context()
     recipe, headings = Recipe(name="any").to_dict(), re.findall(r"^## (.*)$", card(found, context), re.M)
     for item in items:
-        said = checklists.answer(item, found, context)
+        said = checklists.answer(item, found)
         assert ("not done" in said) == (not item.pointers)
         for pointer in item.pointers:
             kind, path = pointer.split(":", 1)
@@ -305,19 +305,17 @@ def test_every_pointer_of_a_checklist_leads_somewhere(items):
             elif kind == "report":
                 assert path in report.SECTIONS.values(), pointer
             else:
-                assert kind == "context"
-                assert path.split("=")[0] in context, pointer
+                assert kind == "file"
+                assert path in ("explain.json", "gallery.html")
 
 
 def test_what_a_run_lacks_is_not_claimed_in_a_checklist():
     items = {one.topic: one for one in checklists.CLAIM}
-    found, context = sample.metrics(), sample.context()
     external = items["Test on external data"]
-    assert checklists.answer(external, found, context).startswith("not done")
-    assert "split.names" in checklists.answer(external, sample.metrics("institution"), context)
-    context.pop("explain")
-    assert checklists.answer(items["Explanations"], found, context) == "not done"
-    assert "served" not in checklists.answer(items["Performance with uncertainty"], sample.bare(), {})
+    assert checklists.answer(external, sample.metrics()).startswith("not done")
+    assert "split.names" in checklists.answer(external, sample.metrics("institution"))
+    assert "served" in checklists.answer(items["Performance with uncertainty"], sample.metrics())
+    assert "served" not in checklists.answer(items["Performance with uncertainty"], sample.bare())
 
 
 def test_the_shaded_area_of_the_roc_chart_is_the_pauc():

@@ -85,13 +85,13 @@ The recipe, in TOML:
 
 Where each item of the Checklist for Artificial Intelligence in Medical Imaging (doi:10.1148/ryai.240300) is answered.
 
-{checklists.rows(checklists.CLAIM, metrics, context)}
+{checklists.rows(checklists.CLAIM, metrics)}
 
 ## TRIPOD+AI
 
 The same for the reporting of prediction models (doi:10.1136/bmj-2023-078378).
 
-{checklists.rows(checklists.TRIPOD, metrics, context)}
+{checklists.rows(checklists.TRIPOD, metrics)}
 """
 
 

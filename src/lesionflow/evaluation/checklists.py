@@ -5,8 +5,8 @@ TRIPOD+AI (prediction models, doi:10.1136/bmj-2023-078378) 27 with 52 sub-items.
 the guidelines' own texts say what each asks for.
 
 An answer is a list of pointers: `metrics:` a field of metrics.json, `recipe:` a field of the recipe, `card:` a
-section of the card, `report:` a section of the report, `context:` something that the run may lack. A pointer to
-what this run doesn't have is left out, and an item with none left is not done.
+section of the card, `report:` a section of the report, `file:` what the run writes beside it. A pointer to a field
+that this run doesn't have is left out, and an item with none left is not done.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Item:
     """Said where the pointers need a word, or why there are none."""
 
 
-def answer(item: Item, metrics: Mapping[str, Any], context: Mapping[str, Any]) -> str:
+def answer(item: Item, metrics: Mapping[str, Any]) -> str:
     """Where this run answers `item`, as Markdown, or `not done` and, if known, why."""
-    present = [text for pointer in item.pointers if (text := _resolve(pointer, metrics, context))]
+    present = [text for pointer in item.pointers if (text := _resolve(pointer, metrics))]
     where = ", ".join(present) if present else NOT_DONE
     return f"{where}: {item.note}" if item.note else where
 
 
-def rows(items: tuple[Item, ...], metrics: Mapping[str, Any], context: Mapping[str, Any]) -> str:
+def rows(items: tuple[Item, ...], metrics: Mapping[str, Any]) -> str:
     """The guideline as a Markdown table."""
-    lines = [f"| {one.number} | {one.topic} | {answer(one, metrics, context)} |" for one in items]
+    lines = [f"| {one.number} | {one.topic} | {answer(one, metrics)} |" for one in items]
     return "\n".join(["| item | topic | where |", "|---|---|---|", *lines])
 
 
@@ -52,7 +52,7 @@ def find(path: str, tree: Mapping[str, Any]) -> Any:
     return at
 
 
-def _resolve(pointer: str, metrics: Mapping[str, Any], context: Mapping[str, Any]) -> str | None:
+def _resolve(pointer: str, metrics: Mapping[str, Any]) -> str | None:
     kind, path = pointer.split(":", 1)
     if kind == "metrics":
         return None if find(path, metrics) in (None, [], {}) else f"metrics.json `{path}`"
@@ -60,16 +60,12 @@ def _resolve(pointer: str, metrics: Mapping[str, Any], context: Mapping[str, Any
         return f"recipe `{path}`"
     if kind == "card":
         return f"card, {path}"
-    if kind == "report":
-        return f"report, {path}"
-    name, text = path.split("=", 1)
-    return text if context.get(name) else None
+    return f"report, {path}" if kind == "report" else path
 
 
 _PUBLISHER = "as the data's publisher gives it; see there"
 _FIGURES = ("metrics:pauc", "metrics:auc", "metrics:average_precision", "metrics:served.pauc")
 _TRAINING = ("recipe:training", "recipe:optimizer", "recipe:augment", "recipe:sampling")
-_EXPLAINED = "context:explain=report, Explanations"
 
 CLAIM = (
     Item("1", "Title names the kind of AI", ("card:The model",)),
@@ -102,7 +98,7 @@ CLAIM = (
     Item("28", "Measures of performance", ("metrics:headline", "report:How to read this")),
     Item("29", "Uncertainty and significance", ("metrics:settings", "metrics:pauc.rank_pooled.interval")),
     Item("30", "Robustness", ("metrics:pauc.folds", "metrics:subgroups")),
-    Item("31", "Explanations", (_EXPLAINED,)),
+    Item("31", "Explanations", ("file:explain.json", "report:Explanations"), "where the network gives maps"),
     Item("32", "Evaluation on internal data", ("metrics:pauc.rank_pooled", "metrics:served.pauc")),
     Item("33", "Test on external data", ("metrics:split.names",), "other institutions, of the same collection"),
     Item("34", "Registration of a trial"),
@@ -111,7 +107,7 @@ CLAIM = (
     Item("37", "Performance with uncertainty", _FIGURES),
     Item("38", "Diagnostic estimates and precision", ("metrics:operating", "metrics:served.operating",
                                                        "metrics:thresholds.refer", "metrics:served.thresholds")),
-    Item("39", "Analysis of failures", ("context:gallery_path=gallery.html (local)",)),
+    Item("39", "Analysis of failures", ("file:gallery.html",), "local, as it shows patients"),
     Item("40", "Limitations", ("card:Limits",)),
     Item("41", "Implications for practice", ("card:Intended use", "metrics:decision_curve", "metrics:operating")),
     Item("42", "Protocol or further technical detail", ("card:How it was made",), "the recipe; no protocol beforehand"),

@@ -33,9 +33,10 @@ OTHERS = "others together"
 MOST_CELLS = 20
 """Values of an open column that are shown; the rarer ones are one cell."""
 _THREADS = 2
+_DENSE = 1 << 23  # Patients times columns up to which their lesions are kept as a table.
 METHOD_DIFFERENCE = "variance recovered from both intervals, patient-clustered"
 MANY_MALIGNANT = 100
-"""From here on the interval of all others, which moves a difference least, is made without drawing."""
+"""From here on the interval of all others, which moves a difference least, is a cluster-robust t, far quicker."""
 TONE_NOTE = (
     "Skin tone is a proxy: the individual typology angle of the skin beside the lesion, from the photograph's "
     "lightness. It depends on lighting and camera and is not a person's skin type."
@@ -194,6 +195,12 @@ class _Lesions:
         self.column = np.empty(len(self.scores), np.int64)
         self.column[self.malignant] = 2 * self.size + 1 + order.malignant_at
         self.column[~self.malignant] = order.benign_cell
+        self.total = np.bincount(self.column, minlength=self.columns)
+        self.clusters = int(self.owner.max()) + 1
+        self.counts: Floats | None = None
+        if (size := self.clusters * self.columns) <= _DENSE:
+            counts = np.bincount(self.owner * self.columns + self.column, minlength=size)
+            self.counts = counts.reshape(self.clusters, self.columns).astype(np.float64)
 
     def cells(self, labels: Sequence[str], cell: Ints) -> list[dict[str, Any]]:
         """The figures of each cell, lesions in `cell` 0.. as their label's place."""
@@ -238,7 +245,7 @@ class _Lesions:
 
     def _difference(self, here: NDArray[np.bool_], pauc: Figure) -> Figure:
         """The cell's `pauc` less that of all other lesions."""
-        inside, clusters = pauc.interval, len(np.unique(self.owner))
+        inside, clusters = pauc.interval, self.clusters
         y, owner = self.malignant[~here], self.owner[~here]
         if pauc.value is None:
             return Figure.missing(
@@ -247,15 +254,18 @@ class _Lesions:
         if reason := ("no other lesions" if not len(y) else _too_few(y, owner)) or _one_class(y):
             return self._missing(f"all others: {reason}", clusters, inside.malignant)
         benign, ill = slice(0, 2 * self.size + 1), slice(2 * self.size + 1, None)
-        counts = np.stack([np.bincount(self.column[side], minlength=self.columns) for side in (here, ~here)])
+        mine = np.bincount(self.column[here], minlength=self.columns)
+        counts = np.stack([mine, self.total - mine])
         (_, rest), pull = influence(counts[:, benign].astype(np.float64), counts[:, ill].astype(np.float64), MIN_TPR)
         value = pauc.value - float(rest)
-        outside = self._outside(~here, float(rest), pull[1])
+        pulls = self._pulls(here, *pull)
+        outside = self._outside(~here, float(rest), pulls[1])
         if inside.low is None or inside.high is None or outside is None:
             reason = inside.reason or "all others: their pAUC does not vary"
             interval = Interval(None, None, self.level, METHOD_DIFFERENCE, 0, 0, clusters, inside.malignant, reason)
             return _earned(Figure(value, interval))
-        alike = self._correlation(here, pull)
+        spread = float(np.sqrt((pulls[0] ** 2).sum() * (pulls[1] ** 2).sum()))
+        alike = float((pulls[0] * pulls[1]).sum()) / spread if spread > 0 else 0.0
         below, above = pauc.value - inside.low, inside.high - pauc.value
         rest_below, rest_above = float(rest) - outside[0], outside[1] - float(rest)
         low = value - _add(below, rest_above, alike)
@@ -268,30 +278,29 @@ class _Lesions:
         )
 
     def _outside(self, others: NDArray[np.bool_], value: float, pull: Floats) -> tuple[float, float] | None:
-        """Interval of the pAUC of all others: by draws where few are malignant, else Student's t, far quicker."""
-        y = self.malignant[others]
-        if int(y.sum()) < MANY_MALIGNANT or not 0 < value < 1 - MIN_TPR:
-            patients = Patients(y, [self.scores[others]], self.owner[others])
+        """Interval of the pAUC of all others, given each patient's pull on it."""
+        if int(self.malignant[others].sum()) < MANY_MALIGNANT or not 0 < value < 1 - MIN_TPR:
+            patients = Patients(self.malignant[others], [self.scores[others]], self.owner[others])
             drawn = figures(patients, [partial_area(MIN_TPR)], self.replicates, self.seed, self.level)[0].interval
             return None if drawn.low is None or drawn.high is None else (drawn.low, drawn.high)
-        parts = exact_sums(pull[self.column[others]], self.owner[others])
-        parts = parts[parts != 0]
-        clusters, squared = len(parts), float((parts**2).sum())
-        freedom = satterthwaite(squared, float((parts**4).sum()), clusters)
+        clusters, squared = len(pull), float((pull**2).sum())
+        freedom = satterthwaite(squared, float((pull**4).sum()), clusters)
         reach = student_quantile((1 + self.level) / 2, freedom) * float(np.sqrt(squared * clusters / (clusters - 1)))
         most = 1 - MIN_TPR
         centre, step = np.log(value / (most - value)), reach * most / (value * (most - value))
         low, high = (most / (1 + np.exp(-(centre + side))) for side in (-step, step))
         return float(low), float(high)
 
-    def _correlation(self, here: NDArray[np.bool_], pull: Floats) -> float:
-        """Of the two figures, by what each patient with lesions on both sides does to either."""
-        own = [
-            exact_sums(np.where(side, one[self.column], 0.0), self.owner)
-            for side, one in zip((here, ~here), pull, strict=True)
-        ]
-        spread = np.sqrt((own[0] ** 2).sum() * (own[1] ** 2).sum())
-        return float((own[0] * own[1]).sum() / spread) if spread > 0 else 0.0
+    def _pulls(self, here: NDArray[np.bool_], inside: Floats, outside: Floats) -> tuple[Floats, Floats]:
+        """By patient [G]: the sum of `inside` over the lesions that are here, and of `outside` over all others."""
+        column, owner = self.column[here], self.owner[here]
+        # Only the cell's lesions are gone through; what they leave of all patients' sums is the others' part.
+        mine, theirs = (
+            exact_sums(np.r_[one[column], 0.0], np.r_[owner, self.clusters - 1]) for one in (inside, outside)
+        )
+        if self.counts is None:
+            return mine, exact_sums(np.where(here, 0.0, outside[self.column]), self.owner)
+        return mine, self.counts @ outside - theirs
 
     def _missing(self, reason: str, clusters: int, malignant: int) -> Figure:
         return Figure.missing(reason, level=self.level, clusters=clusters, malignant=malignant)

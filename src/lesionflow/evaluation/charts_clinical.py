@@ -87,7 +87,7 @@ def decision(curve: Mapping[str, Any], name: str) -> str:
     foot = everywhere[-1]
     at_foot = f'x="{x(foot[0]) - 6:.1f}" y="{y(floor) - 6:.1f}"'
     body.append(f'<text class="note" {at_foot} text-anchor="end">refer all</text>')
-    body.append(f'<text class="note" x="{x(high):.1f}" y="{y(0.0) + 14:.1f}" text-anchor="end">refer none</text>')
+    body.append(f'<text class="note" x="{x(low) + 6:.1f}" y="{y(0.0) - 5:.1f}">refer none</text>')
     middle = int(np.argmin(np.abs(np.log(at) - np.log(low) - 0.62 * np.log(high / low))))
     above = y(max(float(upper[middle]), 0.0)) - 7
     body.append(f'<text class="strong" x="{x(at[middle]):.1f}" y="{above:.1f}">this model</text>')

@@ -261,7 +261,7 @@ def _series(curves: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tup
     return {name: _thinned(sorted(line)) for name, line in sorted(result.items())}
 
 
-def _thinned(line: list[tuple[float, float]], most: int = 200) -> list[tuple[float, float]]:
+def _thinned(line: list[tuple[float, float]], most: int = 60) -> list[tuple[float, float]]:
     """At most about `most` points, each the mean of its neighbours; the last epoch is kept."""
     size = -(-len(line) // most)
     parts = [line[i : i + size] for i in range(0, len(line), size)]

@@ -31,9 +31,10 @@ class Folds:
     """`patient` deals patients to `count` folds; `institution` holds out one institution (`attribution`) at a time."""
     count: int = bound(5, 2, 20)
     """Number of cross-validation folds (by patient only)."""
-    holdout: float = bound(0.2, 0, 0.5)
+    holdout: float = bound(0.25, 0, 0.5)
     """Share of patients set aside from every fold, so that what is served, the mean of all folds' models, can be
-    calibrated, its thresholds chosen and its bands vouched for; 0: none, and then there are no bands."""
+    calibrated, its thresholds chosen and its bands vouched for; 0: none, and then there are no bands. To vouch for
+    a sensitivity of 0.9 takes 29 patients with a malignant lesion in there, for 0.95 it takes 59."""
     seed: int = bound(0, 0)
     """Seed of the split; separate from the training seed, so that seeds compare on the same folds."""
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lesionflow.errors import DataError
 from lesionflow.evaluation import calibration, metrics
@@ -189,11 +190,10 @@ def _served(oof: _Lesions, holdout: pl.DataFrame | None, options: Evaluation, le
     parts = calibration.patient_parts(groups, seed=options.seed, y=y)
     probability = calibration.cross_fitted(s, y, parts, prevalence=options.prevalence)
     # A lesion that can't be judged isn't referred by the model: whoever vouches for it must count it as missed.
-    vouched = np.where(doubtful, s.min() - 1.0, s)
     bands = choose_bands(
-        y, vouched, groups,
+        y, s, groups,
         sensitivity=options.sensitivity, low_sensitivity=options.low_sensitivity,
-        prevalence=options.prevalence, level=level,
+        prevalence=options.prevalence, level=level, judged=~doubtful,
     )  # fmt: skip
     weighted = {"prevalence": options.prevalence, **here.resampling}
     return {
@@ -206,22 +206,21 @@ def _served(oof: _Lesions, holdout: pl.DataFrame | None, options: Evaluation, le
             "calibration": calibration.assess(probability, y, groups, **weighted),
             "decision_curve": decision_curve(probability, y, groups, **weighted),
             "thresholds": bands,
-            "bands": _bands(here, vouched, doubtful, bands, fitted.prevalence),
+            "bands": _bands(here, doubtful, bands, fitted.prevalence),
         },
     }
 
 
 def _bands(
-    here: _Lesions, vouched: Floats, doubtful: Any, bands: Mapping[str, Any], prevalence: float
+    here: _Lesions, doubtful: NDArray[np.bool_], bands: Mapping[str, Any], prevalence: float
 ) -> dict[str, Any] | None:
     """How many lesions each band holds; None where no band could be vouched for."""
-    named = band_of(vouched, bands)
+    named = band_of(here.s, bands)
     if named is None:
         return None
     named = np.where(doubtful, CANNOT_JUDGE, named)
     names = ["refer", "routine", *(["low"] if bands["low"]["reached"] else []), CANNOT_JUDGE]
     result = {}
-    share = here.y.mean()
     for name in names:
         held = named == name
         malignant = int((held & (here.y == 1)).sum())
@@ -232,11 +231,10 @@ def _bands(
             "lesions": int(held.sum()), "malignant": malignant, "share": figure.to_dict(),
             "share_at_prevalence": within[0] * (1 - prevalence) + within[1] * prevalence,
         }  # fmt: skip
-    assert 0 < share < 1
     return result
 
 
-def _doubtful(table: pl.DataFrame) -> Any:
+def _doubtful(table: pl.DataFrame) -> NDArray[np.bool_]:
     """Whether a picture can't be judged, bool [n]."""
     if "doubts" not in table.columns:
         return np.zeros(len(table), bool)

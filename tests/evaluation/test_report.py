@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from lesionflow.evaluation import charts, charts_clinical, checklists, metrics, report
@@ -52,6 +54,12 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.stack and self.stack[-1] not in ("style", "code"):
             self.words.append(data)
+
+
+@pytest.mark.parametrize("made", [sample.metrics, lambda: sample.metrics("institution"), sample.bare])
+def test_what_is_rendered_here_has_the_documented_schema(made):
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "metrics.schema.json").read_text())
+    jsonschema.validate(made(), schema)
 
 
 def page(tmp_path, found, context=None, **options):

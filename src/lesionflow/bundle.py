@@ -183,7 +183,9 @@ def check_info(info: Any, where: str) -> dict[str, Any]:
         if not isinstance(threshold, dict) or not _finite(threshold.get("logit")):
             raise DataError(f"{where}: thresholds.{name} needs a finite `logit`: export the bundle again")
     if "low" in thresholds and not ("refer" in thresholds and _logit(thresholds, "low") <= _logit(thresholds, "refer")):
-        raise DataError(f"{where}: thresholds.low needs a thresholds.refer that isn't under it: export the bundle again")
+        raise DataError(
+            f"{where}: thresholds.low needs a thresholds.refer that isn't under it: export the bundle again"
+        )
     if not isinstance(info.get("inputs", {}), dict):
         raise DataError(f"{where}: inputs must be an object: export the bundle again")
     return info

@@ -1,4 +1,11 @@
-"""What a run shows to people: the report and the card, and how it compares with an earlier run."""
+"""What a run shows to people: the report, the card, the gallery, and how it compares with an earlier run.
+
+    report.html     every figure; holds no picture of a patient, so that it can be handed on
+    gallery.html    the most telling errors, with pictures; for this machine, as its first line says
+    explain.json    whether the model's maps point at what it uses
+
+`report.html` is written when the gate has spoken, whatever it said, and again once there is a bundle to explain.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +17,63 @@ from lesionflow.errors import DataError, UsageError
 from lesionflow.pack import licences
 from lesionflow.plan import data_of, recipe_of
 
+EXPLAINED_LESIONS = 64
+"""Lesions on which the maps are tried."""
 
-def report(run: Path, gate_result: dict[str, Any]) -> None:
-    """Write `report.html` and `MODEL_CARD.md`."""
+
+def report(run: Path, out: Path | None = None, *, include_images: bool = False) -> Path:
+    """Write the report of an evaluated run to `out` (`report.html`); pictures are in it only if asked for.
+
+    Raises `DataError` if the run isn't evaluated, or has no bundle to explain its pictures.
+    """
     import polars as pl
 
-    from lesionflow.evaluation.report import write_card, write_report
+    from lesionflow.evaluation.report import write_report
 
-    recipe, (store, folds) = recipe_of(run), data_of(run)
-    curves = (run / "metrics.csv").read_text()
-    context = {
-        "recipe": recipe.to_dict(),
-        "recipe_toml": recipe.to_toml(),
-        "data_hash": store.hash,
-        "fold_hash": folds.hash,
-        "data": store.info,
-        "synthetic": store.info["synthetic"],
-        "data_licence": licences(store),
-        "versions": keys.read_json(run / "run.json")["versions"],
-        "gate": gate_result,
-        "curves": pl.read_csv(run / "metrics.csv", infer_schema_length=None).to_dicts() if curves else [],
-    }
-    metrics = keys.read_json(run / "metrics.json")
-    write_report(run / "report.html", metrics, pl.read_parquet(run / "oof.parquet"), context)
-    write_card(run / "MODEL_CARD.md", metrics, context)
+    out = out or run / "report.html"
+    metrics, context = keys.read_json(run / "metrics.json"), _context(run)
+    holdout = pl.read_parquet(run / "holdout.parquet") if (run / "holdout.parquet").exists() else None
+    gallery = _gallery(run, metrics) if include_images else None
+    write_report(out, metrics, pl.read_parquet(run / "oof.parquet"), context, holdout=holdout, gallery=gallery)
+    return out
+
+
+def card(run: Path) -> None:
+    """Write `MODEL_CARD.md`."""
+    from lesionflow.evaluation.card import write_card
+
+    write_card(run / "MODEL_CARD.md", keys.read_json(run / "metrics.json"), _context(run))
+
+
+def explain(run: Path) -> list[str]:
+    """Try the bundle's maps and show its errors: `explain.json`, `gallery.html` and `report.html`, as far as written.
+
+    Lesions are those of the hold-out, which no model saw; without one, those of the folds.
+    """
+    import numpy as np
+    import polars as pl
+
+    from lesionflow.data.images import to_pixels
+    from lesionflow.evaluation.gallery import write_gallery
+    from lesionflow.serving.explain import deletion
+    from lesionflow.serving.predictor import Predictor
+
+    metrics, (store, _) = keys.read_json(run / "metrics.json"), data_of(run)
+    predictor = Predictor(run / "bundle")
+    written = ["gallery.html", "report.html"]
+    (run / "explain.json").unlink(missing_ok=True)
+    if predictor.graph.has_cam:
+        # The most suspicious malignant lesions: only where there is a logit can it fall.
+        table = pl.read_parquet(_unseen(run)).filter(pl.col("target") == 1).sort("logit", "isic_id", descending=True)
+        place = {name: row for row, name in enumerate(store.ids)}
+        pixels = [
+            to_pixels(store.jpeg(place[name]), predictor.spec) for name in table["isic_id"].head(EXPLAINED_LESIONS)
+        ]
+        keys.write_json(run / "explain.json", deletion(predictor.graph, np.stack(pixels), seed=recipe_of(run).seed))
+        written.append("explain.json")
+    write_gallery(run / "gallery.html", _gallery(run, metrics), _context(run))
+    report(run)
+    return written
 
 
 def paired(run: Path, incumbent: Path) -> dict[str, Any]:
@@ -57,3 +97,41 @@ def paired(run: Path, incumbent: Path) -> dict[str, Any]:
         both["target"].to_numpy(), ours, theirs, both["patient_group"].to_list(),
         replicates=options.replicates, seed=options.seed,
     )  # fmt: skip
+
+
+def _unseen(run: Path) -> Path:
+    held_out = run / "holdout.parquet"
+    return held_out if held_out.exists() else run / "oof.parquet"
+
+
+def _gallery(run: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    import polars as pl
+
+    from lesionflow.evaluation.gallery import gallery
+    from lesionflow.serving.predictor import Predictor
+
+    if not (run / "bundle").exists():
+        raise DataError(f"{run}: has no bundle, which pictures are explained by; export it first (`lesionflow export`)")
+    store, _ = data_of(run)
+    return gallery(store, pl.read_parquet(_unseen(run)), Predictor(run / "bundle"))
+
+
+def _context(run: Path) -> dict[str, Any]:
+    """Where the figures come from, as the report and the card say it."""
+    import polars as pl
+
+    recipe, (store, folds) = recipe_of(run), data_of(run)
+    curves = (run / "metrics.csv").read_text()
+    return {
+        "recipe": recipe.to_dict(),
+        "recipe_toml": recipe.to_toml(),
+        "data_hash": store.hash,
+        "fold_hash": folds.hash,
+        "data": store.info,
+        "synthetic": store.info["synthetic"],
+        "data_licence": licences(store),
+        "versions": keys.read_json(run / "run.json")["versions"],
+        "gate": keys.read_json(run / "gate.json") if (run / "gate.json").exists() else None,
+        "curves": pl.read_csv(run / "metrics.csv", infer_schema_length=None).to_dicts() if curves else [],
+        "explain": keys.read_json(run / "explain.json") if (run / "explain.json").exists() else None,
+    }

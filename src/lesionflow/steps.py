@@ -11,7 +11,8 @@ Everything is found in, and written to, the run directory:
     fold-<k>/  events/  metrics.csv                 weights, TensorBoard and curves
     oof.parquet  holdout.parquet                    scores of lesions whose patients the models never saw
     metrics.json  gate.json                         what they are worth, and whether that is enough
-    report.html  MODEL_CARD.md  bundle/             for people, and for the service
+    report.html  gallery.html  MODEL_CARD.md        for people
+    bundle/                                         for the service
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def evaluate(run: Path, key: str, *, progress: bool = False) -> dict[str, Any]:
 
 
 def gate(run: Path, key: str, *, incumbent: Path | None = None) -> dict[str, Any]:
-    """`metrics.json` -> `gate.json`, `report.html` and `MODEL_CARD.md`.
+    """`metrics.json` -> `gate.json`, `MODEL_CARD.md` and a first `report.html`.
 
     Raises `GateRefused` with the reasons when the model isn't good enough; the report is written all
     the same. With an `incumbent` run's `oof.parquet` beside its bundle the paired difference counts too.
@@ -138,24 +139,33 @@ def gate(run: Path, key: str, *, incumbent: Path | None = None) -> dict[str, Any
     from lesionflow.evaluation import gate as gates
 
     recipe = recipe_of(run)
-    with step(run, "gate", key, lambda: ["gate.json", "report.html", "MODEL_CARD.md"]) as needed:
+    with step(run, "gate", key, lambda: ["gate.json", "MODEL_CARD.md"]) as needed:
         if needed:
             paired = present.paired(run, incumbent) if incumbent else None
             result = gates.check(keys.read_json(run / "metrics.json"), recipe.gate, paired=paired)
             keys.write_json(run / "gate.json", result)
-            present.report(run, result)
+            for stale in ("explain.json", "gallery.html"):  # Another model's.
+                (run / stale).unlink(missing_ok=True)
+            present.card(run)
+            present.report(run)
             if not result["passed"]:
                 raise GateRefused("the gate refuses this model: " + "; ".join(result["reasons"]))
     return keys.read_json(run / "gate.json")
 
 
 def export(run: Path, key: str) -> Path:
-    """Weights -> `bundle/`, only if the exported graph agrees with torch on stored lesions (else `GateRefused`)."""
+    """Weights -> `bundle/`, only if the exported graph agrees with torch on stored lesions (else `GateRefused`).
+
+    The bundle's own maps then explain its errors: `gallery.html`, `explain.json`, and `report.html` once more.
+    """
+    from lesionflow import present
     from lesionflow.pack import pack
 
-    with step(run, "export", key, lambda: ["bundle"]) as needed:
+    written = ["bundle"]
+    with step(run, "export", key, lambda: written) as needed:
         if needed:
             pack(run)
+            written += present.explain(run)
     return run / "bundle"
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from lesionflow.errors import DataError
 from lesionflow.evaluation import tables
 from lesionflow.evaluation.grouping import describe
+from lesionflow.evaluation.intervals import FEWEST_MALIGNANT
 from lesionflow.evaluation.metrics import fold_rank
 from lesionflow.evaluation.paired import Pair, compare_scores
 from lesionflow.evaluation.ranking import MEASURES, ranking
@@ -132,7 +133,7 @@ def malignant_for(difference: float, pair: Pair, malignant: int, level: float = 
     needed, excess = normal.inv_cdf(POWER) + limit, max(1e-9, pair.reach / pair.error - limit)
     # The root x of malignant / n solves (needed + excess * x) * x = difference / error.
     x = ((needed**2 + 4 * excess * difference / pair.error) ** 0.5 - needed) / (2 * excess)
-    return int(np.ceil(malignant / x**2))
+    return max(FEWEST_MALIGNANT, int(np.ceil(malignant / x**2)))
 
 
 def verdict(pair: Pair, planned: dict[str, Any]) -> dict[str, Any]:

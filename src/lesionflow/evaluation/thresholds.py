@@ -67,7 +67,7 @@ def sensitivity_lower_bound(
     """
     malignant, scores = checked(y, s)
     ours = scores[malignant]
-    size = _independent(ours, codes(groups, len(scores))[malignant])
+    size = independent_lesions(ours, codes(groups, len(scores))[malignant])
     return _bound(float(np.mean(ours >= threshold)), size, level)
 
 
@@ -96,7 +96,7 @@ def choose_threshold(
     candidates = np.unique(ours[np.isfinite(ours)])
     if not len(candidates):
         raise DataError("judged: no malignant lesion was, so no threshold finds any; look at what makes them unusual")
-    size = _independent(ours, owner)
+    size = independent_lesions(ours, owner)
     found = 1 - np.searchsorted(np.sort(ours), candidates, "left") / len(ours)
     # The bound rises as the threshold falls, so the first from above that is vouched for is the highest.
     enough = (i for i in range(len(candidates) - 1, -1, -1) if _vouched(float(found[i]), size, level, sensitivity))
@@ -183,7 +183,7 @@ def _why(bound: float, share: float, sensitivity: float, clusters: int, level: f
     )
 
 
-def _independent(ours: Floats, owner: Ints) -> float:
+def independent_lesions(ours: Floats, owner: Ints) -> float:
     """How many malignant lesions of different patients say as much as these [P], whose patients are `owner` [P].
 
     n / (1 + (m - 1) * r), with m the mean number of malignant lesions of a malignant lesion's patient, and r the

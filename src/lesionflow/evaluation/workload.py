@@ -8,12 +8,19 @@ stated prevalence says (see `prevalence`), so that thinned data doesn't flatter:
 A reader may rather take each patient's k most suspicious lesions. `within_patient` is the smallest k that finds the
 share; tied benign lesions come first, and a thinned benign lesion takes as many places as it stands for.
 
-In each replicate of the patients the threshold (and k) is found anew, as it would be on other data.
+Two things are uncertain: where the threshold (or k) lies, a quantile of the malignant lesions alone, and what lies
+above it. The first is settled by inverting a test: the thresholds at which Clopper and Pearson's interval of the
+sensitivity, with the sample size that clustering by patient leaves, holds the wanted one. The second is the patients'
+spread at a fixed threshold. Both are joined as Zou & Donner (2008, MOVER) do. Replicates would not do: they never
+draw a malignant lesion below the lowest of the data, and cover 68-92 % where few lie below the threshold. Where even
+the lowest malignant score may lie above the true threshold, there is no interval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, log
 from typing import Any
 
 import numpy as np
@@ -22,11 +29,12 @@ from numpy.typing import ArrayLike, NDArray
 from lesionflow.errors import DataError
 from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED, Figure, Interval
 from lesionflow.evaluation.metrics import Floats, Groups, Ints, checked, codes
-from lesionflow.evaluation.prevalence import stated, too_few
-from lesionflow.evaluation.resample import Patients
+from lesionflow.evaluation.prevalence import share_interval, shares, stated, too_few
+from lesionflow.evaluation.quantiles import satterthwaite, student_quantile
+from lesionflow.evaluation.thresholds import independent_lesions
 
 SENSITIVITIES = (0.8, 0.9, 0.95)
-METHOD = "patient-clustered bootstrap, percentile, threshold found anew"
+METHOD = "patient-clustered, threshold by test inversion, MOVER"
 _ROUNDING = 1e-9
 
 
@@ -46,204 +54,217 @@ def operating(
 
     y [n] 0/1, s [n], groups [n]: the patient of each lesion, `patients_known` bool [n]: whether it is one.
     `flagged_per_patient` and `within_patient` {k, reviewed_per_cancer} are those of known patients. Benign lesions
-    weigh as `prevalence` says (0: as in the data). Raises `DataError` as `metrics.pauc` does.
+    weigh as `prevalence` says (0: as in the data). Nothing is drawn: `replicates=0` leaves intervals out, `seed`
+    has no effect. Raises `DataError` as `metrics.pauc` does.
     """
     malignant, scores = checked(y, s)
     known = np.asarray(patients_known, bool)
     if known.shape != scores.shape:
         raise DataError(f"patients_known: {known.size} values for {scores.size} lesions; they must match row by row")
     share, owner = stated(malignant, prevalence), codes(groups, len(scores))
-    overall = _Overall(malignant, scores, owner, known, share, sensitivities, replicates, seed)
-    within = _within(malignant, scores, owner, known, prevalence, sensitivities, replicates, seed)
-    result = []
-    for i, sensitivity in enumerate(sensitivities):
-        figure = _Figures(level, overall.patients.groups, overall.patients.malignant, replicates)
-        inside = _Figures(level, within.clusters, within.malignant, replicates)
-        k, cost, costs = within.rows[i] if within.rows else (None, None, None)
-        result.append(
+    about = _About(level, int(owner.max()) + 1, int(malignant.sum()), NOT_ASKED if not replicates else None)
+    places = [_place(scores[malignant], owner[malignant], one, level) for one in sensitivities]
+    passed = _passed(malignant, scores, owner, places, share, level, about)
+    inside = _Known(malignant[known], scores[known], owner[known], share, level, about.reason)
+    rows = []
+    for sensitivity, place, (specificity, reviewed) in zip(sensitivities, places, passed, strict=True):
+        k, within = inside.within(sensitivity)
+        rows.append(
             {
                 "sensitivity": sensitivity,
-                "score": float(overall.score[i]),
-                "specificity": figure(1 - overall.passed[0, i], 1 - overall.passed[1:, i]).to_dict(),
-                "reviewed_per_cancer": figure(overall.cost[0, i], overall.cost[1:, i]).to_dict(),
-                "flagged_per_patient": (
-                    inside.missing(within.reason) if within.reason else inside(overall.load[0, i], overall.load[1:, i])
-                ).to_dict(),
-                "within_patient": {
-                    "k": k,
-                    "reviewed_per_cancer": (
-                        Figure.missing(
-                            within.reason or "", level=level, clusters=within.clusters, malignant=within.malignant
-                        )
-                        if cost is None or costs is None
-                        else inside(cost, costs)
-                    ).to_dict(),
-                },
+                "score": place.value,
+                "specificity": specificity.to_dict(),
+                "reviewed_per_cancer": reviewed.to_dict(),
+                "flagged_per_patient": inside.flagged(place).to_dict(),
+                "within_patient": {"k": k, "reviewed_per_cancer": within.to_dict()},
             }
         )
-    return result
+    return rows
 
 
-class _Figures:
-    """Percentile intervals of replicates, or why there are none."""
+@dataclass(frozen=True)
+class _About:
+    """What is said beside every interval."""
 
-    def __init__(self, level: float, clusters: int, malignant: int, replicates: int) -> None:
-        self.level, self.clusters, self.malignant, self.replicates = level, clusters, malignant, replicates
+    level: float
+    clusters: int
+    malignant: int
+    reason: str | None
+
+    def figure(self, value: float, low: float, high: float, reason: str | None = None) -> Figure:
+        reason = self.reason or (too_few(self.malignant) if self.malignant < FEWEST_MALIGNANT else reason)
+        about = (self.level, METHOD, 0, 0, self.clusters, self.malignant)
+        if reason:
+            return Figure(value, Interval(None, None, *about, reason))
+        return Figure(value, Interval(min(low, value), max(high, value), *about))
 
     def missing(self, reason: str) -> Figure:
         return Figure.missing(reason, level=self.level, clusters=self.clusters, malignant=self.malignant)
 
-    def __call__(self, value: float, drawn: Floats) -> Figure:
-        about = (self.level, METHOD)
-        reason = NOT_ASKED if not self.replicates else None
-        if self.malignant < FEWEST_MALIGNANT:
-            reason = reason or too_few(self.malignant)
-        if reason:
-            return Figure(float(value), Interval(None, None, *about, 0, 0, self.clusters, self.malignant, reason))
-        kept = drawn[np.isfinite(drawn)]
-        low, high = np.quantile(kept, [(1 - self.level) / 2, (1 + self.level) / 2])
-        dropped = len(drawn) - len(kept)
-        interval = Interval(
-            min(float(low), float(value)), max(float(high), float(value)), *about,
-            len(drawn), dropped, self.clusters, self.malignant,
-        )  # fmt: skip
-        return Figure(float(value), interval)
+
+@dataclass(frozen=True)
+class _Place:
+    """A threshold at a sensitivity, and how high and low the true one may be; lesions from it up are flagged."""
+
+    value: float
+    sensitivity: float
+    """What is found from `value` up."""
+    highest: float
+    lowest: float
+    """Of the lowest, lesions *above* it are flagged; -inf if no malignant score is low enough."""
+    reason: str | None
 
 
-class _Overall:
-    """The data (row 0) and its replicates at each sensitivity: arrays [1 + R, S]."""
+def _place(ours: Floats, owner: Ints, sensitivity: float, level: float) -> _Place:
+    distinct = np.unique(ours)
+    below = np.searchsorted(np.sort(ours), distinct, "left") / len(ours)
+    at = int(np.nonzero(1 - below >= sensitivity - _ROUNDING)[0].max())
+    size = independent_lesions(ours, owner)
+    missed = np.append(below, 1.0)
+    # From threshold i up, 1 - missed[i] is found: as long as that is in keeping with the wanted sensitivity.
+    lowest = highest = at
+    while lowest > 0 and _holds(1 - float(missed[lowest - 1]), size, sensitivity, level):
+        lowest -= 1
+    while highest < len(distinct) and _holds(1 - float(missed[highest + 1]), size, sensitivity, level):
+        highest += 1
+    needed = ceil(log((1 - level) / 2) / log(sensitivity))
+    return _Place(
+        value=float(distinct[at]),
+        sensitivity=float(1 - below[at]),
+        highest=float(distinct[highest]) if highest < len(distinct) else float("inf"),
+        lowest=float(distinct[lowest - 1]) if lowest else -np.inf,
+        reason=None
+        if lowest
+        else f"the true threshold may lie below every malignant score; it takes at least {needed} independent ones",
+    )
+
+
+def _holds(share: float, size: float, sensitivity: float, level: float) -> bool:
+    if size < 1:
+        return True
+    low, high = share_interval(share, size, level)
+    return low <= sensitivity <= high
+
+
+def _joined(
+    value: float, place: tuple[float, float], sample: tuple[float, float], to: Callable[[float], float]
+) -> tuple[float, float]:
+    """Distances below and above `value` on the scale `to`: those of both intervals, joined as independent."""
+    centre = to(value)
+    below = np.hypot(centre - to(min(place[0], value)), centre - to(min(sample[0], value)))
+    above = np.hypot(to(max(place[1], value)) - centre, to(max(sample[1], value)) - centre)
+    return float(below), float(above)
+
+
+def _passed(
+    malignant: NDArray[np.bool_],
+    scores: Floats,
+    owner: Ints,
+    places: Sequence[_Place],
+    prevalence: float,
+    level: float,
+    about: _About,
+) -> list[tuple[Figure, Figure]]:
+    """Specificity and lesions reviewed per cancer at each threshold."""
+    benign, holder = np.sort(scores[~malignant]), owner[~malignant]
+    cuts = np.unique([one.value for one in places])
+    share, size = shares(np.searchsorted(cuts, scores[~malignant], "right"), holder, len(cuts) + 1)
+    result = []
+    for one in places:
+        at = int(np.searchsorted(cuts, one.value)) + 1
+        value = float(share[at])
+        fewest = 1 - np.searchsorted(benign, one.highest, "left") / len(benign)
+        most = 1 - np.searchsorted(benign, one.lowest, "right") / len(benign)
+        sample = share_interval(value, float(size[at]), level)
+        below, above = _joined(value, (float(fewest), float(most)), sample, _arc)
+        low, high = (np.sin(np.clip(_arc(value) + one, 0, np.pi / 2)) ** 2 for one in (-below, above))
+        cost = (1 - prevalence) / prevalence / one.sensitivity
+        result.append(
+            (
+                about.figure(1 - value, float(1 - high), float(1 - low), one.reason),
+                about.figure(1 + cost * value, float(1 + cost * low), float(1 + cost * high), one.reason),
+            )
+        )
+    return result
+
+
+def _arc(share: float) -> float:
+    return float(np.arcsin(np.sqrt(share)))
+
+
+class _Known:
+    """Lesions of known patients: what each patient is asked to have looked at."""
 
     def __init__(
         self,
         malignant: NDArray[np.bool_],
         scores: Floats,
         owner: Ints,
-        known: NDArray[np.bool_],
-        share: float,
-        sensitivities: Sequence[float],
-        replicates: int,
-        seed: int,
+        prevalence: float,
+        level: float,
+        reason: str | None,
     ) -> None:
-        # The second score keeps lesions of unknown patients in atoms of their own.
-        columns = [scores] if known.all() or not known.any() else [scores, known.astype(np.float64)]
-        self.patients = Patients(malignant, columns, owner)
-        lone = np.zeros(len(self.patients.multiplicity))
-        if len(columns) > 1:
-            lone = self._unknown(malignant, known)
-        ill, well = int((malignant & known).sum()), int((~malignant & known).sum())
-        benign = ill * (1 - share) / (share * well) if ill and well else np.nan
-        drawn: list[list[Floats]] = []
-        weightings = [self.patients.everyone()]
-        if replicates and self.patients.malignant >= FEWEST_MALIGNANT:
-            weightings.extend(self.patients.draws(replicates, seed))
-        first = None
-        for weighting in weightings:
-            all_benign, all_malignant = self.patients.tables[0].times(weighting)
-            known_benign, known_malignant = all_benign, all_malignant
-            if lone.any():
-                less = self.patients.tables[0].times(weighting * lone)
-                known_benign, known_malignant = all_benign - less[0], all_malignant - less[1]
-            at = [_reaching(all_malignant, one) for one in sensitivities]
-            first = first or [int(one[0]) for one in at]
-            rows = np.arange(len(weighting))
-            above = _above(all_malignant, all_benign)
-            above_known = _above(known_malignant, known_benign)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                total = all_malignant.sum(axis=1), all_benign.sum(axis=1)
-                count = (weighting * (1 - lone)).sum(axis=1)
-                passed = np.stack([above[1][rows, one] / total[1] for one in at], axis=1)
-                found = np.stack([above[0][rows, one] / total[0] for one in at], axis=1)
-                load = [(above_known[0][rows, one] + benign * above_known[1][rows, one]) / count for one in at]
-                cost = 1 + (1 - share) / share * passed / found
-            drawn.append([passed, cost, np.stack(load, axis=1)])
-        self.passed, self.cost, self.load = (np.concatenate(one) for one in zip(*drawn, strict=True))
-        assert first is not None
-        self.score = np.unique(scores[malignant])[first]
+        ill, well = int(malignant.sum()), int((~malignant).sum())
+        self.patient = np.unique(owner, return_inverse=True)[1]
+        self.count = int(self.patient.max()) + 1 if len(owner) else 0
+        self.about = _About(level, self.count, ill, reason)
+        self.nothing = None
+        if not len(owner):
+            self.nothing = "the patient of no lesion is known"
+        elif not ill or not well or self.count < 2:
+            self.nothing = "the known patients lack malignant or benign lesions"
+        if self.nothing:
+            return
+        self.malignant, self.scores = malignant, scores
+        benign = ill * (1 - prevalence) / (prevalence * well)
+        self.weight = np.where(malignant, 1.0, benign)
+        self.size = np.bincount(self.patient, self.weight, self.count)
+        # Benign lesions first among equals.
+        order = np.lexsort((malignant, -scores, self.patient))
+        weight, held = self.weight[order], malignant[order]
+        start = np.cumsum(weight) - weight
+        first = np.searchsorted(self.patient[order], np.arange(self.count), "left")
+        holder = self.patient[order][held]
+        self.depth = np.ceil(start[held] - start[first][holder] + 1 - _ROUNDING)
+        """How deep each malignant lesion lies in its patient's list, float64 [P]."""
+        self.holder = holder
 
-    def _unknown(self, malignant: NDArray[np.bool_], known: NDArray[np.bool_]) -> Floats:
-        """1 for atoms of lesions without a patient, else 0: float64 [A]."""
-        table = self.patients.tables[1]
-        both = len(np.unique(known[malignant])) == 2
-        unknown = np.zeros((1, 3 * table.size + 1))
-        # Cells and scores of the 0 of `known`; where all malignant lesions are known, it lies below their 1.
-        if both:
-            unknown[0, [1, 2 * table.size + 1]] = 1
-        elif known[malignant].all():
-            unknown[0, 0] = 1
-        else:
-            unknown[0, [1, 3]] = 1
-        result: Floats = (table.spread(unknown)[0] > 0).astype(np.float64)
-        return result
+    def flagged(self, place: _Place) -> Figure:
+        """Lesions at or above the threshold per patient."""
+        if self.nothing:
+            return self.about.missing(self.nothing)
+        above = self.weight * (self.scores >= place.value)
+        load = np.bincount(self.patient, above, self.count).astype(np.float64)
+        fewest = float(self.weight @ (self.scores >= place.highest)) / self.count
+        most = float(self.weight @ (self.scores > place.lowest)) / self.count
+        return self._figure(load, np.ones(self.count), fewest, most, place.reason)
 
+    def within(self, sensitivity: float) -> tuple[int | None, Figure]:
+        """The smallest k that finds the share, and the lesions reviewed per malignant one found."""
+        if self.nothing:
+            return None, self.about.missing(self.nothing)
+        place = _place(-self.depth, self.holder, sensitivity, self.about.level)
+        k = -place.value
+        found = np.bincount(self.holder[self.depth <= k], minlength=self.count).astype(np.float64)
 
-def _reaching(malignant: Floats, sensitivity: float) -> Ints:
-    """Index [R] of the highest score at which the sensitivity is reached; weights [R, K] per score, ascending."""
-    found = np.cumsum(malignant[:, ::-1], axis=1)
-    enough = found >= sensitivity * found[:, -1:] - _ROUNDING
-    result: Ints = malignant.shape[1] - 1 - np.argmax(enough, axis=1)
-    return result
+        def cost(k: float) -> float:
+            return float(np.minimum(self.size, k).sum() / max((self.depth <= k).sum(), 1))
 
+        deepest = -place.lowest - 1 if place.lowest > -np.inf else float(self.size.max())
+        ends = cost(-place.highest) if place.highest < np.inf else 0.0, cost(deepest)
+        return int(k), self._figure(np.minimum(self.size, k), found, min(ends), max(ends), place.reason)
 
-def _above(malignant: Floats, benign: Floats) -> tuple[Floats, Floats]:
-    """Weights at or above each malignant score, [R, K] each."""
-    return (
-        np.cumsum(malignant[:, ::-1], axis=1)[:, ::-1],
-        np.cumsum(benign[:, :0:-1], axis=1)[:, 1::2][:, ::-1],
-    )
-
-
-class _Within:
-    def __init__(self, clusters: int, malignant: int, reason: str | None = None) -> None:
-        self.clusters, self.malignant, self.reason = clusters, malignant, reason
-        self.rows: list[tuple[int, float, Floats]] = []
-
-
-def _within(
-    malignant: NDArray[np.bool_],
-    scores: Floats,
-    owner: Ints,
-    known: NDArray[np.bool_],
-    prevalence: float,
-    sensitivities: Sequence[float],
-    replicates: int,
-    seed: int,
-) -> _Within:
-    """Reviewing each known patient's k highest lesions."""
-    ours, s = malignant[known], scores[known]
-    ill, well = int(ours.sum()), int((~ours).sum())
-    if not len(ours):
-        return _Within(0, 0, "the patient of no lesion is known")
-    _, patient = np.unique(owner[known], return_inverse=True)
-    count = int(patient.max()) + 1
-    if not ill or not well:
-        return _Within(count, ill, "the known patients lack malignant or benign lesions")
-    result = _Within(count, ill)
-    share = stated(malignant, prevalence)
-    benign = ill * (1 - share) / (share * well)
-    size = np.bincount(patient, np.where(ours, 1.0, benign), count)
-    # Benign lesions first among equals.
-    order = np.lexsort((ours, -s, patient))
-    weight = np.where(ours[order], 1.0, benign)
-    start = np.cumsum(weight) - weight
-    first = np.searchsorted(patient[order], np.arange(count), "left")
-    place = np.ceil(start - start[first][patient[order]] + 1 - _ROUNDING)[ours[order]]
-    holder = patient[order][ours[order]]
-    depth, at = np.unique(place, return_inverse=True)
-    # Patients without a malignant lesion and of one size are exchangeable.
-    found = np.bincount(holder * len(depth) + at, minlength=count * len(depth)).reshape(count, len(depth))
-    reviewed = np.minimum(depth[None], size[:, None])
-    rows, multiplicity = np.unique(np.concatenate([found, reviewed], axis=1), axis=0, return_counts=True)
-    found, reviewed = rows[:, : len(depth)], rows[:, len(depth) :]
-    rng = np.random.default_rng([seed, 1])
-    weighting = multiplicity[None].astype(np.float64)
-    if replicates and ill >= FEWEST_MALIGNANT:
-        weighting = np.concatenate([weighting, rng.multinomial(count, multiplicity / count, size=replicates)])
-    hits = np.cumsum(weighting @ found, axis=1)
-    cost = weighting @ reviewed
-    row = np.arange(len(weighting))
-    for sensitivity in sensitivities:
-        reach = np.argmax(hits >= sensitivity * hits[:, -1:] - _ROUNDING, axis=1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            per_cancer = cost[row, reach] / hits[row, reach]
-        result.rows.append((int(depth[reach[0]]), float(per_cancer[0]), per_cancer[1:]))
-    return result
+    def _figure(self, above: Floats, below: Floats, fewest: float, most: float, reason: str | None) -> Figure:
+        """sum(above) / sum(below) over patients, with the ends that the threshold's uncertainty gives it."""
+        value = float(above.sum() / below.sum())
+        squares = ((above - value * below) / below.sum()) ** 2
+        total = float(squares.sum())
+        if value <= 0 or total <= 0:
+            return self.about.figure(value, value, value, reason or "the figure does not vary between patients")
+        freedom = satterthwaite(total, float((squares**2).sum()), self.count)
+        error = student_quantile((1 + self.about.level) / 2, freedom) * (total * self.count / (self.count - 1)) ** 0.5
+        # On the square root's scale, which is even and has a 0.
+        half = error / (2 * value**0.5)
+        sample = max(value**0.5 - half, 0.0) ** 2, (value**0.5 + half) ** 2
+        down, up = _joined(value, (fewest, most), sample, lambda x: x**0.5)
+        return self.about.figure(value, max(value**0.5 - down, 0.0) ** 2, (value**0.5 + up) ** 2, reason)

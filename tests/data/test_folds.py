@@ -121,6 +121,16 @@ def test_every_patient_may_be_held_out_whatever_its_size() -> None:
     assert 0.12 < np.mean(seen) < 0.3
 
 
+def test_another_seed_holds_out_others_even_where_no_two_patients_are_of_one_size() -> None:
+    groups = [f"IP_{p:03d}" for p in range(60) for _ in range(p + 2)]
+    targets = np.r_[1, np.diff(np.unique(groups, return_inverse=True)[1])].astype(np.int8)  # One each.
+    ids = [f"ISIC_{i:07d}" for i in range(len(groups))]
+    drawn = {
+        tuple(make_folds(ids, targets, groups, count=2, seed=seed, holdout=0.2).holdout_rows()) for seed in range(30)
+    }
+    assert len(drawn) == 30
+
+
 def test_the_holdout_follows_the_seed_and_not_the_row_order() -> None:
     ids, targets, groups = cohort()
     folds = make_folds(ids, targets, groups, seed=1, holdout=0.2)

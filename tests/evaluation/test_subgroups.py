@@ -137,6 +137,18 @@ def test_malignant_lesions_of_a_few_patients_are_no_cell_either() -> None:
     assert "all others: malignant lesions of 5 patients" in cells["male"]["difference"]["interval"]["reason"]
 
 
+def test_a_figure_that_has_no_interval_is_not_shown() -> None:
+    table, y, s, owner = lesions()
+    sex = pl.Series(np.where(owner < 5, "a", "b"))
+    cells = cells_of(subgroups(table.with_columns(sex=sex), y, s, owner, 1.0, **OPTIONS), "sex")
+    assert (
+        cells["a"]["specificity"]["value"] is None and "5 patients" in cells["a"]["specificity"]["interval"]["reason"]
+    )
+    cells = cells_of(subgroups(table, y, -y, owner, 1.0, **OPTIONS), "institution")
+    for name in ("pauc", "auc", "difference"):  # All malignant lesions rank last: 0 in every draw of patients.
+        assert cells["A"][name]["value"] is None and "does not vary" in cells["A"][name]["interval"]["reason"]
+
+
 def test_what_is_absent_is_said(whole: list[dict[str, Any]]) -> None:
     table, y, s, owner = lesions()
     table = table.drop("sex").with_columns(anatom_site_general=pl.lit(None, pl.String), tbp_tile_type=pl.lit(" "))

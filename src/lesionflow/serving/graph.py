@@ -71,14 +71,23 @@ class Graph:
 
         Raises `UsageError` if the graph gives no maps.
         """
+        self.require_maps()
+        shapes = {"fold_logits": (self._models,), "logit": (), "cam": self.cam_shape or (0, 0)}
+        fold_logits, logit, cam = self._run(pixels, shapes)
+        return fold_logits, logit, cam
+
+    @property
+    def has_cam(self) -> bool:
+        """Whether the graph gives class-activation maps."""
+        return self.cam_shape is not None
+
+    def require_maps(self) -> None:
+        """Raise `UsageError` if the graph gives no class-activation maps."""
         if self.cam_shape is None:
             raise UsageError(
                 f"{self._where}: gives no class-activation maps: its networks don't end in global average pooling and "
                 "one linear layer, or it was exported before maps were; export the bundle again with such a backbone"
             )
-        shapes = {"fold_logits": (self._models,), "logit": (), "cam": self.cam_shape}
-        fold_logits, logit, cam = self._run(pixels, shapes)
-        return fold_logits, logit, cam
 
     def _run(self, pixels: Pixels, shapes: Mapping[str, tuple[int, ...]]) -> list[Floats]:
         """The outputs named in `shapes` (name -> shape of one lesion's), float32 [B, ...] each."""

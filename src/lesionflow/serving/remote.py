@@ -46,6 +46,8 @@ class Remote:
 
     parallel = 8
     """Calls that may run at one time: the predictor makes batches of them."""
+    has_cam = False
+    """Class-activation maps are asked of the bundle's own graph only."""
 
     def __init__(self, bundle: Bundle, address: str, *, tls: bool = False, timeout: float = TIMEOUT) -> None:
         """`address` is HOST, HOST:PORT or a URL; nothing is sent yet. Raises `UsageError` for what is none."""

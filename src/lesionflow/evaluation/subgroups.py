@@ -210,11 +210,12 @@ class _Lesions:
 
     def _cell(self, label: str, here: NDArray[np.bool_]) -> dict[str, Any]:
         y, s, owner = self.malignant[here], self.scores[here], self.owner[here]
-        lesions, ill, clusters = len(y), int(y.sum()), len(np.unique(owner))
+        lesions, ill, clusters = len(y), int(y.sum()), int(np.count_nonzero(np.bincount(owner)))
+        few = _too_few(y, owner)
         counts = {"label": label, "lesions": lesions, "malignant": ill, "groups": clusters}
-        pauc = auc = sensitivity = self._missing(_too_few(y, owner), clusters, ill)
+        pauc = auc = sensitivity = self._missing(few, clusters, ill)
         specificity = self._missing("no benign lesions", clusters, ill)
-        if not (few := _too_few(y, owner)) and ill < lesions:
+        if not few and ill < lesions:
             measures = [partial_area(MIN_TPR), partial_area(0.0)]
             patients = Patients(y, [s], owner)
             pauc, auc = map(_earned, figures(patients, measures, self.replicates, self.seed, self.level))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lesionflow.evaluation.evaluate import evaluate
+from lesionflow.evaluation.gallery import write_gallery
 from lesionflow.evaluation.report import write_report
 from lesionflow.recipe import Evaluation
 
@@ -119,6 +120,7 @@ def pages(tmp_path_factory, synthetic):
     }  # fmt: skip
     for name, (metrics, table, context, more) in made.items():
         write_report(folder / f"{name}.html", metrics, table, context, **more)
+    write_gallery(folder / "gallery.html", sample.gallery(), sample.context() | {"synthetic": False})
     return folder
 
 
@@ -145,8 +147,11 @@ def test_the_report_is_sound_at_every_size_in_light_and_dark(name, width, scheme
     check(visit(pages / f"{name}.html", width, scheme), axe)
 
 
-@pytest.mark.parametrize(("name", "width", "scheme"), [("institution", 390, "dark"), ("bare", 390, "light")])
-def test_other_kinds_of_reports_are_sound(name, width, scheme, pages, visit, axe):
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"),
+    [("institution", 390, "dark"), ("bare", 390, "light"), ("gallery", 390, "dark"), ("gallery", 1280, "light")],
+)
+def test_other_pages_are_sound(name, width, scheme, pages, visit, axe):
     check(visit(pages / f"{name}.html", width, scheme), axe)
 
 

@@ -342,7 +342,10 @@ def explain() -> dict[str, Any]:
         "highest": figure(1.91, 1.62, 2.22),
         "random": figure(0.62, 0.44, 0.81),
         "lowest": figure(0.11, -0.03, 0.26),
+        "another": figure(0.91, 0.7, 1.13),
         "difference": figure(1.29, 1.02, 1.58),
+        "difference_lowest": figure(1.80, 1.49, 2.13),
+        "difference_another": figure(1.0, 0.74, 1.27),
     }
 
 
@@ -352,12 +355,20 @@ def gallery() -> list[dict[str, Any]]:
         "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"
         "+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
     )
-    shared = {"attribution": "A. Clinic", "licence": "CC-BY", "image": pixel, "probability": 0.0004, "band": "low"}
+    shared = {
+        "attribution": "A. Clinic",
+        "licence": "CC-BY",
+        "image": pixel,
+        "probability": 0.0004,
+        "band": "low",
+        "doubts": [],
+        "origin": "hold-out",
+    }
     return [
         {"isic_id": "ISIC_0000001", "kind": "missed", "logit": -3.1, "overlay": pixel,
-         "rank": "Malignant, yet 93 % of all lesions score higher."} | shared,
+         "sentence": "Malignant, yet 5,411 of 5,982 benign lesions score higher."} | shared,
         {"isic_id": "ISIC_0000002", "kind": "false alarm", "logit": 2.2, "overlay": None,
-         "rank": "Benign, yet the 3rd highest of 6,060."} | shared,
+         "sentence": "Benign, yet 77 of 78 malignant lesions score lower."} | shared,
     ]  # fmt: skip
 
 

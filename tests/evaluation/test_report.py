@@ -17,6 +17,7 @@ from lesionflow.evaluation.card import card
 from lesionflow.evaluation.report import write_report
 from lesionflow.evaluation.wording import Notes, cell, number, plain
 from lesionflow.recipe import Recipe
+from lesionflow.serving.heat import LEGEND
 
 spec = importlib.util.spec_from_file_location("sample", Path(__file__).with_name("sample.py"))
 sample = importlib.util.module_from_spec(spec)
@@ -234,6 +235,7 @@ def test_pictures_are_inlined_only_when_given(text, tmp_path):
     with_them = page(tmp_path, sample.metrics(), gallery=sample.gallery())
     assert with_them.count("<img") == 3
     assert "Patients' images." in unescape(with_them)
+    assert LEGEND in unescape(with_them)
     assert "A. Clinic, CC-BY" in with_them
 
 

@@ -104,11 +104,20 @@ def _view(
         "leaks": report_checks.leaks(found),
         "explain": report_checks.explain(context.get("explain")),
         "gallery": report_checks.gallery(gallery),
+        "legend": _legend(gallery),
         "gallery_path": context.get("gallery_path") or "gallery.html",
         "training": training,
         "origin": _origin(found, context, versions),
         "recipe_toml": context.get("recipe_toml"),
     }
+
+
+def _legend(gallery: Sequence[Mapping[str, Any]] | None) -> str | None:
+    if not any(item.get("overlay") for item in gallery or []):
+        return None
+    from lesionflow.serving.heat import LEGEND
+
+    return LEGEND
 
 
 def _summary(found: Mapping[str, Any]) -> dict[str, Any]:

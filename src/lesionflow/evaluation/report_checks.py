@@ -13,10 +13,13 @@ from lesionflow.evaluation.wording import Notes, cell
 
 View = dict[str, Any]
 EXPLAINED = {
-    "highest": "the share that the map marks most",
-    "random": "connected regions of the same size, at random",
-    "lowest": "the share that the map marks least",
-    "difference": "marked most, minus random (paired)",
+    "highest": "where the map is highest",
+    "random": "a connected region of the same size, at random",
+    "lowest": "where the map is lowest",
+    "another": "where the map of another lesion is highest",
+    "difference": "highest minus random, paired",
+    "difference_lowest": "highest minus lowest, paired",
+    "difference_another": "highest minus another's, paired",
 }
 
 
@@ -91,8 +94,5 @@ def explain(part: Mapping[str, Any] | None) -> View:
 
 
 def gallery(items: Sequence[Mapping[str, Any]] | None) -> list[View]:
-    names = ("isic_id", "kind", "image", "overlay", "attribution", "licence", "band", "logit", "probability")
-    return [
-        {name: item.get(name) for name in names} | {"sentence": item.get("sentence") or item.get("rank") or ""}
-        for item in items or []
-    ]
+    names = ("isic_id", "kind", "sentence", "image", "overlay", "attribution", "licence", "band", "logit", "doubts")
+    return [{name: item.get(name) for name in names} for item in items or []]

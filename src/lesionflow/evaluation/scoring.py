@@ -148,6 +148,8 @@ def render(result: dict[str, Any]) -> Any:
     ways = [way for way in WAYS if way in result["pauc"]]
     heads = [WAYS[way] for way in ways] if len(ways) > 1 else ["figure"]
     table = Table("", *heads, "chance", "best", box=box.SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for name, title in names.items():
         one = result[name]
         best = one.get("maximum", 1)

@@ -5,7 +5,8 @@ measured in its own standard error (infinitesimal jackknife of the difference it
 in common cancels), and the interval reaches as far to either side as 95 % of those distances. Under few malignant
 lesions it is much wider than a percentile interval, as it must be.
 
-Nominal level 95 %. Measured with `benchmarks/power.py --coverage`; docs/metrics.md has the table.
+Nominal level 95 %. Measured with `benchmarks/power.py --coverage` in eight settings, it covers 93-98 % at 300
+malignant lesions, 94-99 % at 80, 93-100 % at 40 and 92-99 % at 20, where percentile intervals cover as little as 76 %.
 """
 
 from __future__ import annotations

@@ -142,25 +142,22 @@ def render(result: dict[str, Any]) -> Any:
     from rich.text import Text
 
     names = {
-        "pauc": f"pAUC above {result['pauc']['min_tpr']:.0%} TPR", "pauc_88": "pAUC above 88% TPR",
-        "auc": "AUC", "average_precision": "average precision",
+        "pauc": f"pAUC above\n{result['pauc']['min_tpr']:.0%} TPR", "pauc_88": "pAUC above\n88% TPR",
+        "auc": "AUC", "average_precision": "average\nprecision",
     }  # fmt: skip
     ways = [way for way in WAYS if way in result["pauc"]]
-    heads = [WAYS[way] for way in ways] if len(ways) > 1 else ["figure"]
-    table = Table("", *heads, "chance", "best", box=box.SIMPLE_HEAD)
-    for column in table.columns[1:]:
+    table = Table("", *([WAYS[way] for way in ways] if len(ways) > 1 else ["figure"]), "chance", box=box.SIMPLE_HEAD)
+    for column in table.columns:
         column.no_wrap = True
     for name, title in names.items():
         one = result[name]
-        best = one.get("maximum", 1)
-        chance = one.get("chance", 0.5)
-        table.add_row(title, *(_shown(one[way]) for way in ways), f"{chance:.2g}", f"{best:g}")
-    rest = {"retrieval": f"top-{result['retrieval']['k']} retrieval", "brier": "Brier score", "log_loss": "log loss"}
+        table.add_row(title, *(_shown(one[way]) for way in ways), f"{one.get('chance', 0.5):.2g}")
+    rest = {"retrieval": f"top-{result['retrieval']['k']}\nretrieval", "brier": "Brier score", "log_loss": "log loss"}
     for name, title in rest.items():
-        best = "1" if name == "retrieval" else "0"
-        table.add_row(title, _shown(result[name]), *[""] * (len(ways) - 1), "", best)
+        table.add_row(title, _shown(result[name]))
     counts, settings = result["counts"], result["settings"]
     lines = [f"{counts['lesions']:,} lesions, {counts['malignant']:,} malignant. {result['groups']['note']}"]
+    lines.append(f"The best pAUC is {result['pauc']['maximum']:g} and {result['pauc_88']['maximum']:g}.")
     figures = [result[name][way] for name in names for way in ways] + [result[name] for name in rest]
     if any(one["interval"]["low"] is not None for one in figures):
         lines.append(f"In brackets: {100 * settings['level']:g} % intervals.")

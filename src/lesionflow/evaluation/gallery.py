@@ -107,8 +107,10 @@ def write_gallery(path: Path, items: Sequence[Mapping[str, Any]], context: Mappi
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    bare = {"sentence": "", "doubts": [], "origin": "out of fold"}
+    full = [bare | dict(item) for item in items]
     sections = [
-        {"kind": kind, "title": title, "items": [item for item in items if item["kind"] == kind]}
+        {"kind": kind, "title": title, "items": [item for item in full if item["kind"] == kind]}
         for kind, title in KINDS.items()
     ]
     view = {
@@ -116,8 +118,8 @@ def write_gallery(path: Path, items: Sequence[Mapping[str, Any]], context: Mappi
         "version": (context.get("versions") or {}).get("lesionflow"),
         "synthetic": bool(context.get("synthetic")),
         "sections": sections,
-        "mapped": any(item["overlay"] for item in items),
-        "unseen": all(item["origin"] == "hold-out" for item in items),
+        "mapped": any(item["overlay"] for item in full),
+        "unseen": all(item["origin"] == "hold-out" for item in full),
         "legend": LEGEND,
     }
     write_text(path, environment.get_template("gallery.html").render(view))

@@ -383,7 +383,10 @@ def _pair(a: str, b: str, fold_a: int, fold_b: int, y_a: int, y_b: int, same: bo
 
 
 def _partition(name: str, title: str, note: str, cells: list[tuple[str, int, int]]) -> dict[str, Any]:
-    return {"name": name, "title": title, "note": note, "cells": [_cell(*cell) for cell in cells]}
+    shown = [_cell(*cell) for cell in cells]
+    compared = sum(one["difference"]["value"] is not None for one in shown)
+    note = f"{note} {compared} of 13 comparisons over all partitions, not corrected for their number.".strip()
+    return {"name": name, "title": title, "note": note, "cells": shown}
 
 
 def _cell(label: str, lesions: int, malignant: int) -> dict[str, Any]:

@@ -183,6 +183,14 @@ def test_the_page_says_where_it_comes_from_and_what_it_is_not(text):
     assert "<i>" not in text
 
 
+def test_how_many_subgroups_were_compared_is_said_once(text, tmp_path):
+    assert text.count("13 comparisons over all partitions") == 1
+    assert "is not a person's skin type." in unescape(text)
+    found = sample.metrics()
+    found["subgroups"][0]["note"] = "2 of 99 comparisons over all partitions."
+    assert page(tmp_path, found).count("comparisons over all partitions") == 4
+
+
 def test_duplicates_are_listed_by_name_and_patients_on_both_sides_are_told(text, tmp_path):
     assert "ISIC_0000117, ISIC_0731142" in text
     assert "hold-out and 4" in text

@@ -7,6 +7,7 @@ and numbers. A part that is missing has a `reason` instead.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ BAND_MEANING = {
     "low": "unlikely, never excluded",
     "cannot judge": "the picture is unlike what the model knows",
 }
+_COUNTED = re.compile(r"\s*\d+ of (\d+ comparisons over all partitions.*)$")
 CALIBRATION = (
     ("intercept", "Intercept", "ratio", "0", "calibration in the large, slope fixed at 1; above 0: too low throughout"),
     ("slope", "Slope", "ratio", "1", "under 1: too extreme, over 1: too timid"),
@@ -215,15 +217,19 @@ def subgroups(found: Mapping[str, Any]) -> View:
     # One scale for all tables, so that strips compare across them.
     low, high = (math.floor(50 * min(ends)) / 50, math.ceil(50 * max(ends)) / 50) if ends else (0.0, pauc["maximum"])
     tables = []
+    # What the notes of all partitions say of the number of comparisons is said once.
+    counted = {match[1] for part in parts if (match := _COUNTED.search(part.get("note") or ""))}
+    said = counted.pop() if len(counted) == 1 else None
     for part in parts:
         notes = Notes()
         rows = [_cell(one, (low, high), overall["value"], notes) for one in part["cells"]]
         tables.append({
-            "title": part["title"], "name": part["name"], "note": part.get("note") or "", "rows": rows,
+            "title": part["title"], "name": part["name"], "rows": rows,
+            "note": _COUNTED.sub("", part.get("note") or "") if said else part.get("note") or "",
             "notes": notes.lines(),
             "reason": None if rows else part.get("reason") or part.get("note") or "the data lacks the column",
         })  # fmt: skip
-    return {"reason": None, "tables": tables, "overall": plain(overall), "strip": f"{low:g} to {high:g}"}
+    return {"reason": None, "tables": tables, "overall": plain(overall), "strip": f"{low:g} to {high:g}", "said": said}
 
 
 def _ends(figure: Mapping[str, Any]) -> list[float]:

@@ -93,7 +93,7 @@ def test_folds_give_three_figures_side_by_side(cohort):
     assert result["pauc"]["mean_of_folds"]["value"] == pytest.approx(mean, abs=1e-12)
     assert result["pauc"]["pooled"]["value"] < result["pauc"]["rank_pooled"]["value"] - 0.02
     text = shown(result)
-    assert all(words in text for words in ("ranked within folds", "as they are", "mean of folds"))
+    assert all(words in text for words in ("by rank in fold", "as they are", "mean of folds"))
     with pytest.raises(DataError, match=r"fold is empty or not a whole number for 800 lesions"):
         score(folder, oof.with_columns(fold=pl.lit(None, pl.Int8)), "oof.parquet")
 

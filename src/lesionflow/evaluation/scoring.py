@@ -25,7 +25,7 @@ from lesionflow.evaluation.rates import proportion, rate
 if TYPE_CHECKING:
     import polars as pl
 
-WAYS = {"rank_pooled": "ranked within folds", "pooled": "as they are", "mean_of_folds": "mean of folds"}
+WAYS = {"rank_pooled": "by rank in fold", "pooled": "as they are", "mean_of_folds": "mean of folds"}
 """How the scores of several folds' models become one figure."""
 NOT_PROBABILITIES = "the scores are not probabilities: some lie outside 0..1"
 
@@ -146,18 +146,19 @@ def render(result: dict[str, Any]) -> Any:
         "auc": "AUC", "average_precision": "average\nprecision",
     }  # fmt: skip
     ways = [way for way in WAYS if way in result["pauc"]]
-    table = Table("", *([WAYS[way] for way in ways] if len(ways) > 1 else ["figure"]), "chance", box=box.SIMPLE_HEAD)
+    table = Table("", *([WAYS[way] for way in ways] if len(ways) > 1 else ["figure"]), box=box.SIMPLE_HEAD)
     for column in table.columns:
         column.no_wrap = True
     for name, title in names.items():
-        one = result[name]
-        table.add_row(title, *(_shown(one[way]) for way in ways), f"{one.get('chance', 0.5):.2g}")
+        table.add_row(title, *(_shown(result[name][way]) for way in ways))
     rest = {"retrieval": f"top-{result['retrieval']['k']}\nretrieval", "brier": "Brier score", "log_loss": "log loss"}
     for name, title in rest.items():
         table.add_row(title, _shown(result[name]))
     counts, settings = result["counts"], result["settings"]
     lines = [f"{counts['lesions']:,} lesions, {counts['malignant']:,} malignant. {result['groups']['note']}"]
-    lines.append(f"The best pAUC is {result['pauc']['maximum']:g} and {result['pauc_88']['maximum']:g}.")
+    pauc, pauc_88, chance = result["pauc"], result["pauc_88"], result["average_precision"]["chance"]
+    lines.append(f"The best pAUC is {pauc['maximum']:g} and {pauc_88['maximum']:g}; a coin gives")
+    lines[-1] += f" {pauc['chance']:.2g} and {pauc_88['chance']:.2g}, AUC 0.5, average precision {chance:.2g}."
     figures = [result[name][way] for name in names for way in ways] + [result[name] for name in rest]
     if any(one["interval"]["low"] is not None for one in figures):
         lines.append(f"In brackets: {100 * settings['level']:g} % intervals.")

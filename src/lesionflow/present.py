@@ -33,7 +33,7 @@ def report(run: Path, out: Path | None = None, *, include_images: bool = False) 
     out = out or run / "report.html"
     metrics, context = keys.read_json(run / "metrics.json"), _context(run)
     holdout = pl.read_parquet(run / "holdout.parquet") if (run / "holdout.parquet").exists() else None
-    gallery = _gallery(run, metrics) if include_images else None
+    gallery = _gallery(run) if include_images else None
     write_report(out, metrics, pl.read_parquet(run / "oof.parquet"), context, holdout=holdout, gallery=gallery)
     return out
 
@@ -55,23 +55,29 @@ def explain(run: Path) -> list[str]:
 
     from lesionflow.data.images import to_pixels
     from lesionflow.evaluation.gallery import write_gallery
+    from lesionflow.evaluation.metrics import codes
     from lesionflow.serving.explain import deletion
+    from lesionflow.serving.graph import cam_shape
     from lesionflow.serving.predictor import Predictor
 
-    metrics, (store, _) = keys.read_json(run / "metrics.json"), data_of(run)
+    store, _ = data_of(run)
     predictor = Predictor(run / "bundle")
     written = ["gallery.html", "report.html"]
     (run / "explain.json").unlink(missing_ok=True)
-    if predictor.graph.has_cam:
-        # The most suspicious malignant lesions: only where there is a logit can it fall.
-        table = pl.read_parquet(_unseen(run)).filter(pl.col("target") == 1).sort("logit", "isic_id", descending=True)
+    if cam_shape(predictor.bundle):
+        # The most suspicious of the malignant lesions: only a raised logit can fall.
+        table = pl.read_parquet(_unseen(run)).filter(pl.col("target") == 1)
+        table = table.sort("logit", "isic_id", descending=True).head(EXPLAINED_LESIONS)
         place = {name: row for row, name in enumerate(store.ids)}
-        pixels = [
-            to_pixels(store.jpeg(place[name]), predictor.spec) for name in table["isic_id"].head(EXPLAINED_LESIONS)
-        ]
-        keys.write_json(run / "explain.json", deletion(predictor.graph, np.stack(pixels), seed=recipe_of(run).seed))
+        pixels = np.stack([to_pixels(store.jpeg(place[name]), predictor.spec) for name in table["isic_id"]])
+        tried = deletion(
+            predictor.graph, pixels,
+            groups=codes(table["patient_group"].to_list(), len(table)), malignant=len(table),
+            seed=recipe_of(run).evaluation.seed,
+        )  # fmt: skip
+        keys.write_json(run / "explain.json", tried)
         written.append("explain.json")
-    write_gallery(run / "gallery.html", _gallery(run, metrics), _context(run))
+    write_gallery(run / "gallery.html", _gallery(run), _context(run))
     report(run)
     return written
 
@@ -104,7 +110,7 @@ def _unseen(run: Path) -> Path:
     return held_out if held_out.exists() else run / "oof.parquet"
 
 
-def _gallery(run: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+def _gallery(run: Path) -> list[dict[str, Any]]:
     import polars as pl
 
     from lesionflow.evaluation.gallery import gallery

@@ -13,7 +13,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from lesionflow.evaluation import thresholds
+from lesionflow.evaluation import calibration, decision, thresholds, workload
+from lesionflow.evaluation.workload import SENSITIVITIES
 
 CLUSTERS = {
     "one lesion a patient": lambda rng, n: np.ones(n, int),
@@ -63,8 +64,117 @@ def threshold(cohorts: int) -> None:
                 print(f"| {sizes} | {alike:g} | {ties} | {patients} | {' | '.join(cells)} |", flush=True)
 
 
+PREVALENCE = 0.001
+PATIENTS, BENIGN, DISTANCE, ALIKE = 200, 4000, 2.2, 0.4
+MALIGNANT = (300, 80, 40, 20)
+
+
+def cohort(rng: np.random.Generator, malignant: int, scale: int = 1, benign: int = BENIGN):
+    """Targets, scores and patients. Scores are normal with spread 1 in either class, DISTANCE apart."""
+    y = np.r_[np.ones(malignant * scale, int), np.zeros(benign * scale, int)]
+    patient = rng.integers(0, PATIENTS * scale, len(y))
+    s = rng.normal(size=len(y)) * (1 - ALIKE**2) ** 0.5 + DISTANCE * y
+    return y, s + ALIKE * rng.normal(size=PATIENTS * scale)[patient], patient
+
+
+def held(figure: dict, truth: float) -> bool | None:
+    """Whether the interval holds the truth; None where there is no interval."""
+    low, high = figure["interval"]["low"], figure["interval"]["high"]
+    return None if low is None else low <= truth <= high
+
+
+def table(names: list[str], rows: dict[int | str, dict[str, list[bool | None]]]) -> None:
+    print(f"| malignant lesions | {' | '.join(names)} |")
+    print("|" + "---|" * (len(names) + 1))
+    for malignant, found in rows.items():
+        cells = []
+        for name in names:
+            kept = [one for one in found[name] if one is not None]
+            share = len(kept) / len(found[name])
+            cells.append(
+                "no interval" if share < 0.05 else f"{np.mean(kept):.1%}" + ("" if share > 0.95 else f" of {share:.0%}")
+            )
+        print(f"| {malignant} | {' | '.join(cells)} |", flush=True)
+
+
+def work(cohorts: int) -> None:
+    """Coverage of what reviewing costs. "of 40 %": in so many cohorts there was an interval."""
+    normal = NormalDist()
+    rows: dict[int | str, dict[str, list[bool | None]]] = {}
+    names = [f"{name} at {one:.0%}" for name in ("overall", "flagged a patient", "within") for one in SENSITIVITIES]
+    for malignant in MALIGNANT:
+        found: dict[str, list[bool | None]] = {name: [] for name in names}
+        y, s, patient = cohort(np.random.default_rng(10**6), malignant, 200)
+        many = workload.operating(y, s, patient, np.ones(len(y), bool), prevalence=PREVALENCE, replicates=0)
+        for seed in range(cohorts):
+            y, s, patient = cohort(np.random.default_rng([seed, malignant]), malignant)
+            rows_here = workload.operating(y, s, patient, np.ones(len(y), bool), prevalence=PREVALENCE)
+            for one, truth in zip(rows_here, many, strict=True):
+                se = one["sensitivity"]
+                passed = 1 - normal.cdf(DISTANCE - normal.inv_cdf(se))
+                cost = 1 + (1 - PREVALENCE) / PREVALENCE * passed / se
+                found[f"overall at {se:.0%}"].append(held(one["reviewed_per_cancer"], cost))
+                load = malignant / PATIENTS * se * cost
+                found[f"flagged a patient at {se:.0%}"].append(held(one["flagged_per_patient"], load))
+                deep = truth["within_patient"]["reviewed_per_cancer"]["value"]
+                found[f"within at {se:.0%}"].append(held(one["within_patient"]["reviewed_per_cancer"], deep))
+        rows[malignant] = found
+    table(names, rows)
+
+
+LINES = {"right": (DISTANCE, -(DISTANCE**2) / 2), "too bold": (1.5 * DISTANCE, -(DISTANCE**2) / 2 - 0.5)}
+"""Slope and intercept of the log-odds given to a score, next to those of the prevalence."""
+ASSESSED = ("intercept", "slope", "expected_observed", "brier", "log_loss", "ece")
+
+
+def probabilities(s: np.ndarray, line: tuple[float, float]) -> np.ndarray:
+    return 1 / (1 + np.exp(-(line[0] * s + line[1] + np.log(PREVALENCE / (1 - PREVALENCE)))))
+
+
+def reliability(cohorts: int) -> None:
+    """Coverage of what is said of probabilities: right ones, and ones that are too bold."""
+    # The score's distribution in either class, as evenly spaced quantiles.
+    spaced = np.array([NormalDist().inv_cdf((i + 0.5) / 200_000) for i in range(200_000)])
+    truth = np.r_[np.ones(len(spaced), int), np.zeros(len(spaced), int)]
+    everyone = np.r_[spaced + DISTANCE, spaced]
+    for name, line in LINES.items():
+        p_all = probabilities(everyone, line)
+        lone = np.arange(len(p_all))
+        many = calibration.assess(p_all, truth, lone, prevalence=PREVALENCE, replicates=0)
+        rows: dict[int | str, dict[str, list[bool | None]]] = {}
+        lines = []
+        for malignant, benign in [(one, BENIGN) for one in MALIGNANT] + [(300, 10 * BENIGN)]:
+            found: dict[str, list[bool | None]] = {one: [] for one in (*ASSESSED, "bins", "net benefit")}
+            errors = []
+            for seed in range(cohorts):
+                y, s, patient = cohort(np.random.default_rng([seed, malignant]), malignant, benign=benign)
+                p = probabilities(s, line)
+                one = calibration.assess(p, y, patient, prevalence=PREVALENCE, seed=seed)
+                bin_of = np.searchsorted([b["low"] for b in one["bins"]][1:], p_all, "right")
+                weight = np.where(truth == 1, PREVALENCE, 1 - PREVALENCE)
+                mass, seen, gap = (np.bincount(bin_of, w) for w in (weight, weight * truth, weight * (truth - p_all)))
+                error = np.abs(gap).sum() / len(spaced)
+                for key in ASSESSED:
+                    found[key].append(held(one[key], error if key == "ece" else many[key]["value"]))
+                found["bins"] += [held(b["observed"], seen[i] / mass[i]) for i, b in enumerate(one["bins"])]
+                curve = decision.decision_curve(p, y, patient, prevalence=PREVALENCE, points=9)
+                for at, low, high in zip(curve["probability"], curve["low"], curve["high"], strict=True):
+                    rates = [np.mean(p_all[truth == kind] >= at) for kind in (1, 0)]
+                    net = PREVALENCE * rates[0] - (1 - PREVALENCE) * rates[1] * at / (1 - at)
+                    found["net benefit"].append(low <= net <= high)
+                errors.append([one["ece"]["value"], one["ece_plain"]["value"], error])
+            about = f"{malignant}, of {benign + malignant:,}"
+            rows[about] = found
+            lines.append((about, *np.mean(errors, axis=0)))
+        print(f"\nProbabilities {name}\n")
+        table([*ASSESSED, "bins", "net benefit"], rows)
+        print("\n| malignant lesions | ECE, mean | uncorrected | true |\n|---|---|---|---|")
+        for malignant, ours, plain, true in lines:
+            print(f"| {malignant} | {ours:.5f} | {plain:.5f} | {true:.5f} |", flush=True)
+
+
 def main() -> None:
-    parts = {"threshold": threshold}
+    parts = {"threshold": threshold, "work": work, "reliability": reliability}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=parts, action="append")
     parser.add_argument("--cohorts", type=int, default=1000)

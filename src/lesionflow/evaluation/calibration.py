@@ -9,22 +9,19 @@ others 2002). `cross_fitted` does so on other patients than it is applied to; `a
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lesionflow.errors import DataError
-from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED, Figure, Interval
+from lesionflow.evaluation.intervals import Figure
 from lesionflow.evaluation.metrics import Floats, Groups, Ints, checked, codes
-from lesionflow.evaluation.prevalence import linearised, pulls, share_interval, shares, stated, too_few, weights
+from lesionflow.evaluation.prevalence import linearised, log_odds, pulls, stated, weights
+from lesionflow.evaluation.reliability import binned
 
 LEAST_SLOPE = 1e-6
 """Per standard deviation of the logit. Scores that rank the wrong way keep their order and say nothing."""
-BINS = 10
-METHOD_BIN = "Clopper-Pearson, effective sample size by patient"
-METHOD_ECE = "patient-clustered, normal bin errors, triangle inequality"
 _CELLS = 4096
 _TINY = 1e-12
 """Probabilities are kept this far from 0 and 1 where their logarithm is needed."""
@@ -138,7 +135,7 @@ def assess(
         "data_prevalence": float(malignant.mean()),
         "intercept": linearised(intercept, intercept_pull, owner, **common).to_dict(),
         "slope": linearised(slope, slope_pull, owner, **common).to_dict(),
-        **_binned(malignant, probability, weight, owner, share, common, seed),
+        **binned(malignant, probability, weight, owner, share, common, seed),
         "brier": mean((probability - truth) ** 2).to_dict(),
         "log_loss": mean(-np.where(malignant, np.log(safe), np.log1p(-safe))).to_dict(),
         "expected_observed": linearised(expected / share, ratio_pull, owner, scale="positive", **common).to_dict(),
@@ -154,6 +151,9 @@ def sigmoid(x: Floats) -> Floats:
 
 
 def _fit(malignant: NDArray[np.bool_], scores: Floats, prevalence: float) -> Calibration:
+    # Sums depend on their order, in the last digit; nothing may depend on the order of rows.
+    order = np.lexsort((malignant, scores))
+    malignant, scores = malignant[order], scores[order]
     count, ill = len(scores), int(malignant.sum())
     target = np.where(malignant, (ill + 1) / (ill + 2), 1 / (count - ill + 2))
     centre, spread = float(scores.mean()), float(scores.std())
@@ -163,19 +163,15 @@ def _fit(malignant: NDArray[np.bool_], scores: Floats, prevalence: float) -> Cal
     slope, intercept = _logistic(x, target, np.full(count, 1 / count))
     data = ill / count
     if slope < LEAST_SLOPE:
-        slope, intercept = LEAST_SLOPE, _log_odds(data)
+        slope, intercept = LEAST_SLOPE, log_odds(data)
     share = stated(malignant, prevalence)
-    b = intercept - slope * centre / spread + _log_odds(share) - _log_odds(data)
+    b = intercept - slope * centre / spread + log_odds(share) - log_odds(data)
     return Calibration(slope / spread, b, share, data, count, ill)
-
-
-def _log_odds(p: float) -> float:
-    return float(np.log(p) - np.log1p(-p))
 
 
 def _logistic(x: Floats, target: Floats, weight: Floats) -> tuple[float, float]:
     """Slope and intercept of the weighted logistic regression of `target` [n] in 0..1 on a standardised x [n]."""
-    start = 0.0, _log_odds(float(weight @ target / weight.sum()))
+    start = 0.0, log_odds(float(weight @ target / weight.sum()))
     if len(x) > 10 * _CELLS:
         # A coarse sum over cells of x finds the neighbourhood; two steps over all lesions then do.
         cell = np.clip((x * (_CELLS / 40)).astype(np.int64) + _CELLS // 2, 0, _CELLS)
@@ -244,112 +240,3 @@ def _slope(malignant: NDArray[np.bool_], weight: Floats, x: Floats) -> tuple[flo
     residual = malignant - p
     pull = bread[0, 0] * pulls(malignant, weight, residual * z) + bread[0, 1] * pulls(malignant, weight, residual)
     return slope / spread, pull / spread
-
-
-def _binned(
-    malignant: NDArray[np.bool_],
-    p: Floats,
-    weight: Floats,
-    owner: Ints,
-    share: float,
-    common: dict[str, Any],
-    seed: int,
-) -> dict[str, Any]:
-    """The reliability bins, and the expected calibration error over them.
-
-    A bin holds a tenth of the mean of the two classes' distributions. By lesions alone, all but one bin would hold
-    hardly a malignant lesion; by malignant lesions alone, one bin would hold nearly all benign ones.
-    """
-    at = np.unique(p, return_inverse=True)[1]
-    ill, well = int(malignant.sum()), int((~malignant).sum())
-    mass = np.bincount(at, np.where(malignant, 0.5 / ill, 0.5 / well))
-    # Equal probabilities stay together: in the bin where the middle of their mass falls.
-    place = np.minimum(((np.cumsum(mass) - mass / 2) * BINS).astype(np.int64), BINS - 1)
-    bin_of = np.unique(place, return_inverse=True)[1][at]
-    count, odds_shift = int(bin_of.max()) + 1, _log_odds(share) - _log_odds(ill / len(p))
-    wrong = weight * (malignant - p)
-    gaps, held, lesions, found, predicted = (
-        np.bincount(bin_of, one, count).astype(np.float64)
-        for one in (wrong, weight, np.ones(len(p)), malignant, weight * p)
-    )
-    ends = np.searchsorted(bin_of[np.argsort(p, kind="stable")], np.arange(count + 1), "left")
-    ordered = np.sort(p)
-    # Independent lesions per lesion, for bins without a malignant one.
-    alike = shares(malignant.astype(np.int64), owner, 2)[1][1] / len(p)
-    bins: list[dict[str, Any]] = []
-    for one in range(count):
-        here = bin_of == one
-        bins.append(
-            {
-                "low": float(ordered[ends[one]]),
-                "high": float(ordered[ends[one + 1] - 1]),
-                "lesions": int(lesions[one]),
-                "malignant": int(found[one]),
-                "share": float(held[one]),
-                "predicted": float(predicted[one] / held[one]),
-                "observed": _observed(malignant[here], owner[here], alike, odds_shift, common).to_dict(),
-            }
-        )
-    plain, corrected, interval = _error(gaps, malignant, p, weight, owner, bin_of, common, seed)
-    return {
-        "ece": Figure(corrected, interval).to_dict(),
-        "ece_plain": Figure(plain, interval).to_dict(),
-        "bins": bins,
-    }
-
-
-def _error(
-    gaps: Floats,
-    malignant: NDArray[np.bool_],
-    p: Floats,
-    weight: Floats,
-    owner: Ints,
-    bin_of: Ints,
-    common: dict[str, Any],
-    seed: int,
-) -> tuple[float, float, Interval]:
-    """Expected calibration error: as it is, less what noise adds to it, and the interval of the true one.
-
-    With gaps = truth + Z, Z normal: | sum |gaps| - sum |truth| | <= sum |Z|, which bounds it from below; and
-    sum |truth| <= sum |gaps| - sum of sign(truth) Z, from above.
-    """
-    count, groups, level = len(gaps), int(owner.max()) + 1, common["level"]
-    # Each lesion's pull on each bin's gap: its own part, less its class's mean in every bin.
-    table = np.bincount(owner * count + bin_of, weight * (malignant - p), groups * count).reshape(groups, count)
-    for kind in (malignant, ~malignant):
-        mean = np.bincount(bin_of[kind], (malignant - p)[kind], count) / kind.sum()
-        table -= np.bincount(owner[kind], weight[kind], groups)[:, None] * mean
-    covariance = table.T @ table * groups / max(groups - 1, 1)
-    errors = np.sqrt(np.diag(covariance))
-    plain = float(np.abs(gaps).sum())
-    z = np.divide(np.abs(gaps), errors, out=np.full(count, 40.0), where=errors > 0)
-    normal = NormalDist()
-    # How much larger |gap + noise| is than |gap|, on average.
-    excess = np.array([2 * (normal.pdf(one) - one * normal.cdf(-one)) for one in z])
-    corrected = max(0.0, plain - float(errors @ excess))
-    about = (level, METHOD_ECE, common["replicates"], 0, groups, common["malignant"])
-    reason = NOT_ASKED if not common["replicates"] else None
-    if common["malignant"] < FEWEST_MALIGNANT:
-        reason = reason or too_few(common["malignant"])
-    if reason:
-        return plain, corrected, Interval(None, None, *about, reason)
-    values, vectors = np.linalg.eigh(covariance)
-    noise = np.random.default_rng([seed, 2]).standard_normal((common["replicates"], count))
-    noise = noise @ (vectors * np.sqrt(np.maximum(values, 0))).T
-    low = plain - float(np.quantile(np.abs(noise).sum(axis=1), (1 + level) / 2))
-    sign = np.sign(gaps)
-    high = plain + normal.inv_cdf((1 + level) / 2) * float(np.sqrt(sign @ covariance @ sign))
-    return plain, corrected, Interval(min(max(0.0, low), corrected), high, *about)
-
-
-def _observed(found: NDArray[np.bool_], owner: Ints, alike: float, odds_shift: float, common: dict[str, Any]) -> Figure:
-    """The share of malignant lesions in a bin at the stated prevalence: share and interval in the data, odds moved."""
-    share, size = (float(one[1]) for one in shares(found.astype(np.int64), owner, 2))
-    if not 0 < share < 1:
-        size = len(found) * alike
-    low, high = share_interval(share, size, common["level"])
-    value, low, high = (q / (q + (1 - q) * float(np.exp(-odds_shift))) for q in (share, low, high))
-    about = (common["level"], METHOD_BIN, 0, 0, len(np.unique(owner)), int(found.sum()))
-    if not common["replicates"]:
-        return Figure(value, Interval(None, None, *about, NOT_ASKED))
-    return Figure(value, Interval(low, high, *about))

@@ -33,6 +33,11 @@ def stated(malignant: NDArray[np.bool_], prevalence: float) -> float:
     return prevalence or float(malignant.mean())
 
 
+def log_odds(share: float) -> float:
+    """Natural logarithm of share / (1 - share)."""
+    return float(np.log(share) - np.log1p(-share))
+
+
 def weights(malignant: NDArray[np.bool_], prevalence: float) -> Floats:
     """Each lesion's weight so that the malignant ones [n] are `prevalence` of the whole: float64 [n], sum 1."""
     share = stated(malignant, prevalence)

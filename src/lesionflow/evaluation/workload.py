@@ -62,6 +62,9 @@ def operating(
     if known.shape != scores.shape:
         raise DataError(f"patients_known: {known.size} values for {scores.size} lesions; they must match row by row")
     share, owner = stated(malignant, prevalence), codes(groups, len(scores))
+    # Sums of fractions depend on their order, in the last digit; nothing may depend on the order of rows.
+    order = np.lexsort((known, malignant, scores, owner))
+    malignant, scores, owner, known = malignant[order], scores[order], owner[order], known[order]
     about = _About(level, int(owner.max()) + 1, int(malignant.sum()), NOT_ASKED if not replicates else None)
     places = [_place(scores[malignant], owner[malignant], one, level) for one in sensitivities]
     passed = _passed(malignant, scores, owner, places, share, level, about)
@@ -237,7 +240,10 @@ class _Known:
         load = np.bincount(self.patient, above, self.count).astype(np.float64)
         fewest = float(self.weight @ (self.scores >= place.highest)) / self.count
         most = float(self.weight @ (self.scores > place.lowest)) / self.count
-        return self._figure(load, np.ones(self.count), fewest, most, place.reason)
+        value = float(load.sum() / self.count)
+        sample = self._sample(load, np.ones(self.count), value)
+        down, up = _joined(value, (fewest, most), sample, lambda x: x**0.5)
+        return self.about.figure(value, max(value**0.5 - down, 0.0) ** 2, (value**0.5 + up) ** 2, place.reason)
 
     def within(self, sensitivity: float) -> tuple[int | None, Figure]:
         """The smallest k that finds the share, and the lesions reviewed per malignant one found."""
@@ -245,26 +251,28 @@ class _Known:
             return None, self.about.missing(self.nothing)
         place = _place(-self.depth, self.holder, sensitivity, self.about.level)
         k = -place.value
+        deepest = -place.lowest - 1 if place.lowest > -np.inf else k
+        # Thinned benign lesions make k jump, so the spread is looked at where k may be, not only where it is.
+        costs = [self._cost(one) for one in (-place.highest, k, deepest)]
+        low, high = min(low for _, low, _ in costs), max(high for _, _, high in costs)
+        return int(k), self.about.figure(costs[1][0], low, high, place.reason)
+
+    def _cost(self, k: float) -> tuple[float, float, float]:
+        """Lesions reviewed per malignant one found in each patient's k highest, with its interval at this k."""
         found = np.bincount(self.holder[self.depth <= k], minlength=self.count).astype(np.float64)
+        reviewed = np.minimum(self.size, max(k, 0.0))
+        if not found.any():
+            return 0.0, 0.0, 0.0
+        value = float(reviewed.sum() / found.sum())
+        return value, *self._sample(reviewed, found, value)
 
-        def cost(k: float) -> float:
-            return float(np.minimum(self.size, k).sum() / max((self.depth <= k).sum(), 1))
-
-        deepest = -place.lowest - 1 if place.lowest > -np.inf else float(self.size.max())
-        ends = cost(-place.highest) if place.highest < np.inf else 0.0, cost(deepest)
-        return int(k), self._figure(np.minimum(self.size, k), found, min(ends), max(ends), place.reason)
-
-    def _figure(self, above: Floats, below: Floats, fewest: float, most: float, reason: str | None) -> Figure:
-        """sum(above) / sum(below) over patients, with the ends that the threshold's uncertainty gives it."""
-        value = float(above.sum() / below.sum())
+    def _sample(self, above: Floats, below: Floats, value: float) -> tuple[float, float]:
+        """Interval of sum(above) / sum(below) over patients, on the square root's scale, which is even and has a 0."""
         squares = ((above - value * below) / below.sum()) ** 2
         total = float(squares.sum())
         if value <= 0 or total <= 0:
-            return self.about.figure(value, value, value, reason or "the figure does not vary between patients")
+            return value, value
         freedom = satterthwaite(total, float((squares**2).sum()), self.count)
         error = student_quantile((1 + self.about.level) / 2, freedom) * (total * self.count / (self.count - 1)) ** 0.5
-        # On the square root's scale, which is even and has a 0.
         half = error / (2 * value**0.5)
-        sample = max(value**0.5 - half, 0.0) ** 2, (value**0.5 + half) ** 2
-        down, up = _joined(value, (fewest, most), sample, lambda x: x**0.5)
-        return self.about.figure(value, max(value**0.5 - down, 0.0) ** 2, (value**0.5 + up) ** 2, reason)
+        return max(value**0.5 - half, 0.0) ** 2, (value**0.5 + half) ** 2

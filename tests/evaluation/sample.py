@@ -80,7 +80,7 @@ def metrics(kind: str = "patient") -> dict[str, Any]:
         "thresholds": {
             "refer": {
                 "value": -1.4183, "target": 0.9, "reached": True, "sensitivity": 0.9355, "lower_bound": 0.9031,
-                "specificity": 0.7214, "referred": 0.2871, "level": 0.95,
+                "specificity": around(0.7214, 0.03), "level": 0.95,
                 "method": "one-sided Clopper-Pearson, effective sample size by patient",
                 "malignant": 310, "malignant_clusters": 201, "reason": None, "scale": "pooled logit",
             }
@@ -248,7 +248,7 @@ def served() -> dict[str, Any]:
     def band(logit: float, target: float, sensitivity: float, bound: float, specificity: float) -> dict[str, Any]:
         return {
             "logit": logit, "target": target, "reached": True, "sensitivity": sensitivity, "lower_bound": bound,
-            "specificity": specificity, "referred": 1 - specificity + 0.01, "level": 0.95,
+            "specificity": around(specificity, 0.03), "level": 0.95,
             "method": "one-sided Clopper-Pearson, effective sample size by patient",
             "malignant": 78, "malignant_clusters": 51, "reason": None,
         }  # fmt: skip

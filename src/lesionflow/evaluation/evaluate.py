@@ -24,7 +24,7 @@ from lesionflow.evaluation.decision import decision_curve
 from lesionflow.evaluation.grouping import describe
 from lesionflow.evaluation.intervals import Figure
 from lesionflow.evaluation.metrics import Floats, Ints
-from lesionflow.evaluation.ranking import MEASURES, mean_of_folds, ranking
+from lesionflow.evaluation.ranking import MEASURES, by_fold, ranking
 from lesionflow.evaluation.rates import proportion, rate
 from lesionflow.evaluation.subgroups import subgroups
 from lesionflow.evaluation.thresholds import band_of, choose_bands, choose_threshold
@@ -61,9 +61,9 @@ def evaluate(
     ranks = metrics.fold_rank(s, fold)
     by_rank = ranking(y, ranks, lesions.groups, **lesions.resampling)
     pooled = ranking(y, s, lesions.groups, **lesions.resampling)
-    mean = mean_of_folds(y, s, lesions.groups, fold, **lesions.resampling)
+    each, mean = by_fold(y, s, lesions.groups, fold, **lesions.resampling)
     names = (split or {}).get("names")
-    folds = [_fold(lesions, int(f), names) for f in np.unique(fold)]
+    folds = [_fold(lesions, int(f), names, one["pauc"]) for f, one in zip(np.unique(fold), each, strict=True)]
     joined = {
         name: {
             "rank_pooled": by_rank[name].to_dict(),
@@ -103,7 +103,9 @@ def evaluate(
         "decision_curve": decision_curve(
             probability, y, lesions.groups, prevalence=options.prevalence, **lesions.resampling
         ),
-        "thresholds": {"refer": refer.to_dict() | {"scale": "pooled logit"}},
+        "thresholds": {
+            "refer": _with_specificity(lesions, refer.to_dict(), s >= refer.value) | {"scale": "pooled logit"}
+        },
         "subgroups": subgroups(lesions.table, y, ranks, lesions.groups, threshold, **lesions.resampling),
         "leaks": dict(leaks) if leaks else {"reason": "not looked for"},
         **_served(lesions, holdout, options, level),
@@ -141,19 +143,13 @@ def _range(min_tpr: float) -> dict[str, float]:
     return {"min_tpr": min_tpr, "maximum": round(1 - min_tpr, 12), "chance": round((1 - min_tpr) ** 2 / 2, 12)}
 
 
-def _fold(lesions: _Lesions, fold: int, names: list[str] | None) -> dict[str, Any]:
+def _fold(lesions: _Lesions, fold: int, names: list[str] | None, figure: Figure) -> dict[str, Any]:
     here = lesions.fold == fold
-    y, s, groups = lesions.y[here], lesions.s[here], lesions.groups[here]
-    malignant = int(y.sum())
-    about = {
+    return {
         "fold": fold, "name": names[fold] if names else None,
-        "lesions": len(y), "malignant": malignant, "groups": len(np.unique(groups)),
-    }  # fmt: skip
-    if malignant in (0, len(y)):
-        kind = "malignant" if malignant else "benign"
-        missing = Figure.missing(f"all its lesions are {kind}", clusters=len(np.unique(groups)), malignant=malignant)
-        return about | missing.to_dict()
-    return about | ranking(y, s, groups, **lesions.resampling)["pauc"].to_dict()
+        "lesions": int(here.sum()), "malignant": int(lesions.y[here].sum()),
+        "groups": len(np.unique(lesions.groups[here])),
+    } | figure.to_dict()  # fmt: skip
 
 
 def _retrieval(lesions: _Lesions, ranks: Floats) -> dict[str, Any]:
@@ -195,6 +191,7 @@ def _served(oof: _Lesions, holdout: pl.DataFrame | None, options: Evaluation, le
         sensitivity=options.sensitivity, low_sensitivity=options.low_sensitivity,
         prevalence=options.prevalence, level=level, judged=~doubtful,
     )  # fmt: skip
+    bands = {name: _with_specificity(here, one, ~doubtful & (s >= one["logit"])) for name, one in bands.items()}
     weighted = {"prevalence": options.prevalence, **here.resampling}
     return {
         "probability": fitted.to_dict() | {"fitted_on": "holdout"},
@@ -209,6 +206,15 @@ def _served(oof: _Lesions, holdout: pl.DataFrame | None, options: Evaluation, le
             "bands": _bands(here, doubtful, bands, fitted.prevalence),
         },
     }
+
+
+def _with_specificity(here: _Lesions, threshold: dict[str, Any], referred: NDArray[np.bool_]) -> dict[str, Any]:
+    """A threshold whose specificity has its interval; its sensitivity has its bound."""
+    benign = here.y == 0
+    found = rate(
+        ~referred[benign], np.ones(benign.sum()), here.groups[benign], malignant=0, fewest=0, **here.resampling
+    )
+    return {name: value for name, value in threshold.items() if name != "referred"} | {"specificity": found.to_dict()}
 
 
 def _bands(

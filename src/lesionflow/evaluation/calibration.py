@@ -114,11 +114,11 @@ def assess(
     malignant, probability = checked(y, p)
     if (odd := np.nonzero((probability < 0) | (probability > 1))[0]).size:
         raise DataError(f"probabilities: row {odd[0]} is {probability[odd[0]]:g}; expected 0 to 1, so not a logit")
-    owner, share, weight = (
-        codes(groups, len(probability)),
-        stated(malignant, prevalence),
-        weights(malignant, prevalence),
-    )
+    owner, share = codes(groups, len(probability)), stated(malignant, prevalence)
+    # Sums of fractions depend on their order, in the last digit; nothing may depend on the order of rows.
+    order = np.lexsort((malignant, probability, owner))
+    malignant, probability, owner = malignant[order], probability[order], owner[order]
+    weight = weights(malignant, prevalence)
     common: dict[str, Any] = {"malignant": int(malignant.sum()), "level": level, "replicates": replicates}
     safe = np.clip(probability, _TINY, 1 - _TINY)
     x, truth = np.log(safe) - np.log1p(-safe), malignant.astype(np.float64)
@@ -127,14 +127,18 @@ def assess(
         return linearised(float(weight @ score), pulls(malignant, weight, score), owner, scale="positive", **common)
 
     intercept, intercept_pull = _shift(malignant, weight, x)
-    slope, slope_pull = _slope(malignant, weight, x)
+    slope = Figure.missing(
+        "all probabilities are equal", level=level, clusters=int(owner.max()) + 1, malignant=common["malignant"]
+    )
+    if np.ptp(x) > 0:
+        slope = linearised(*_slope(malignant, weight, x), owner, **common)
     expected = mean(probability).value or 0.0
     ratio_pull = pulls(malignant, weight, probability) / share
     return {
         "prevalence": share,
         "data_prevalence": float(malignant.mean()),
         "intercept": linearised(intercept, intercept_pull, owner, **common).to_dict(),
-        "slope": linearised(slope, slope_pull, owner, **common).to_dict(),
+        "slope": slope.to_dict(),
         **binned(malignant, probability, weight, owner, share, common, seed),
         "brier": mean((probability - truth) ** 2).to_dict(),
         "log_loss": mean(-np.where(malignant, np.log(safe), np.log1p(-safe))).to_dict(),
@@ -220,9 +224,9 @@ def _shift(malignant: NDArray[np.bool_], weight: Floats, x: Floats) -> tuple[flo
         low, high = (shift, high) if gap > 0 else (low, shift)
         step = gap / slope if slope > 0 else np.inf
         new = shift + step if low < shift + step < high else (low + high) / 2
-        if abs(new - shift) < 1e-10:
+        shift, moved = new, abs(new - shift)
+        if moved < 1e-10:
             break
-        shift = new
     p = sigmoid(x + shift)
     return shift, pulls(malignant, weight, malignant - p) / float(weight @ (p * (1 - p)))
 

@@ -203,15 +203,14 @@ def codes(groups: Groups, length: int) -> Ints:
     values = groups.tolist() if isinstance(groups, np.ndarray) else list(groups)
     if len(values) != length:
         raise DataError(f"groups: {len(values)} values for {length} lesions; they must match row by row")
-    known: dict[Any, int] = {}
-    first_seen = np.fromiter((known.setdefault(v, len(known)) for v in values), np.int64, length)
+    known = dict.fromkeys(values)
     if None in known:
-        row = int(np.argmax(first_seen == known[None]))
-        raise DataError(f"groups: row {row} has none; give a lesion of an unknown patient its own isic_id")
+        raise DataError(
+            f"groups: row {values.index(None)} has none; give a lesion of an unknown patient its own isic_id"
+        )
     # Sorted, so that replicates are the same whatever the order of rows.
-    rank = np.empty(len(known), np.int64)
-    rank[[known[v] for v in sorted(known)]] = np.arange(len(known))
-    return rank[first_seen]
+    code = {value: i for i, value in enumerate(sorted(known))}
+    return np.fromiter(map(code.__getitem__, values), np.int64, length)
 
 
 def checked(y: ArrayLike, s: ArrayLike) -> tuple[NDArray[np.bool_], Floats]:

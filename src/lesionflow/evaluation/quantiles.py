@@ -7,18 +7,17 @@ from math import exp, lgamma, log, log1p, sqrt
 
 
 def beta_quantile(a: float, b: float, probability: float) -> float:
-    """The quantile of the Beta(a, b) distribution, to 1e-12: Newton's steps where they stay between the bounds."""
-    low, high, x = 0.0, 1.0, a / (a + b)
-    scale = lgamma(a + b) - lgamma(a) - lgamma(b)
-    for _ in range(100):
-        gap = beta_cdf(a, b, x) - probability
-        low, high = (x, high) if gap < 0 else (low, x)
-        density = exp(min(scale + (a - 1) * log(x) + (b - 1) * log1p(-x), 700.0))
-        step = gap / density if density > 1e-200 else 1.0
-        new = x - step if low < x - step < high else (low + high) / 2
-        if abs(new - x) < 1e-13 * max(new, 1e-3) or not 0 < new < 1:
-            return new
-        x = new
+    """The quantile of the Beta(a, b) distribution to about 1e-12, by Newton's steps kept within a bracket."""
+    low, high = 0.0, 1.0
+    x, scale = a / (a + b), lgamma(a + b) - lgamma(a) - lgamma(b)
+    for _ in range(200):
+        excess = beta_cdf(a, b, x) - probability
+        low, high = (low, x) if excess > 0 else (x, high)
+        density = exp(scale + (a - 1) * log(x) + (b - 1) * log1p(-x)) if 0 < x < 1 else 0.0
+        step = x - excess / density if density > 0 else low
+        previous, x = x, step if low < step < high else (low + high) / 2
+        if abs(x - previous) <= 1e-14 * x or high - low < 1e-15:
+            break
     return x
 
 
@@ -29,23 +28,20 @@ def beta_cdf(a: float, b: float, x: float) -> float:
     if x > (a + 1) / (a + b + 2):
         return 1 - beta_cdf(b, a, 1 - x)
     front = exp(lgamma(a + b) - lgamma(a) - lgamma(b) + a * log(x) + b * log1p(-x)) / a
-    c, d = 1.0, 1 / _away(1 - (a + b) * x / (a + 1))
+    # Denominators that vanish are replaced by something tiny.
+    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1) or 1e-300)
     fraction = d
     for m in range(1, 10_000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        d, c = 1 / _away(1 + even * d), _away(1 + even / c)
+        twice = a + 2 * m
+        factor = m * (b - m) * x / ((twice - 1) * twice)
+        d, c = 1 / (1 + factor * d or 1e-300), 1 + factor / c or 1e-300
         fraction *= d * c
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d, c = 1 / _away(1 + odd * d), _away(1 + odd / c)
+        factor = -(a + m) * (a + b + m) * x / (twice * (twice + 1))
+        d, c = 1 / (1 + factor * d or 1e-300), 1 + factor / c or 1e-300
         fraction *= d * c
         if abs(d * c - 1) < 1e-14:
             break
     return front * fraction
-
-
-def _away(value: float) -> float:
-    """The value, or something tiny in place of zero."""
-    return value if abs(value) > 1e-300 else 1e-300
 
 
 @lru_cache(maxsize=4096)

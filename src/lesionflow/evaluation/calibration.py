@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from lesionflow.errors import DataError
 from lesionflow.evaluation.intervals import Figure
 from lesionflow.evaluation.metrics import Floats, Groups, Ints, checked, codes
-from lesionflow.evaluation.prevalence import linearised, log_odds, pulls, stated, weights
+from lesionflow.evaluation.prevalence import linearised, log_odds, pulls, refusal, stated, weights
 from lesionflow.evaluation.reliability import binned
 
 LEAST_SLOPE = 1e-6
@@ -119,7 +119,8 @@ def assess(
     order = np.lexsort((malignant, probability, owner))
     malignant, probability, owner = malignant[order], probability[order], owner[order]
     weight = weights(malignant, prevalence)
-    common: dict[str, Any] = {"malignant": int(malignant.sum()), "level": level, "replicates": replicates}
+    reason = refusal(malignant, owner, replicates)
+    common: dict[str, Any] = {"malignant": int(malignant.sum()), "level": level, "reason": reason}
     safe = np.clip(probability, _TINY, 1 - _TINY)
     x, truth = np.log(safe) - np.log1p(-safe), malignant.astype(np.float64)
 
@@ -139,11 +140,11 @@ def assess(
         "data_prevalence": float(malignant.mean()),
         "intercept": linearised(intercept, intercept_pull, owner, **common).to_dict(),
         "slope": slope.to_dict(),
-        **binned(malignant, probability, weight, owner, share, common, seed),
+        **binned(malignant, probability, weight, owner, share, common, replicates, seed),
         "brier": mean((probability - truth) ** 2).to_dict(),
         "log_loss": mean(-np.where(malignant, np.log(safe), np.log1p(-safe))).to_dict(),
         "expected_observed": linearised(expected / share, ratio_pull, owner, scale="positive", **common).to_dict(),
-        "reason": None,
+        "reason": reason,
     }
 
 

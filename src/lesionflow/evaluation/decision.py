@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lesionflow.errors import DataError
-from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED
 from lesionflow.evaluation.metrics import Floats, Groups, checked, codes
-from lesionflow.evaluation.prevalence import share_interval, shares, stated, too_few
+from lesionflow.evaluation.prevalence import refusal, share_interval, shares, stated
 
 METHOD = "patient-clustered Clopper-Pearson of both classes, joined by MOVER, pointwise"
 
@@ -46,9 +45,7 @@ def decision_curve(
     share, owner = stated(malignant, prevalence), codes(groups, len(probability))
     threshold = np.geomspace(share / 20, min(share * 50, 0.5), points)
     odds = threshold / (1 - threshold)
-    reason = NOT_ASKED if not replicates else None
-    if malignant.sum() < FEWEST_MALIGNANT:
-        reason = reason or too_few(int(malignant.sum()))
+    reason = refusal(malignant, owner, replicates)
     gain, cost = share, (1 - share) * odds
     # The number of thresholds that a lesion reaches.
     cell = np.searchsorted(threshold, probability, "right")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lesionflow.errors import UsageError
-from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED, Figure, Interval
+from lesionflow.evaluation.intervals import FEWEST_GROUPS, FEWEST_MALIGNANT, NOT_ASKED, Figure, Interval
 from lesionflow.evaluation.metrics import Floats, Ints
 from lesionflow.evaluation.quantiles import beta_quantile, satterthwaite, student_quantile
 
@@ -59,12 +59,12 @@ def linearised(
     *,
     malignant: int,
     level: float,
-    replicates: int = 1,
+    reason: str | None = None,
     scale: str = "real",
 ) -> Figure:
     """`value` with its interval, from each lesion's `pull` [n] and its group 0..G-1 [n].
 
-    `scale`: `real` (anything), `positive` (log). `replicates=0` leaves the interval out, as everywhere.
+    `scale`: `real` (anything), `positive` (log). `reason`: why there is to be no interval (see `refusal`).
     """
     groups = int(owner.max()) + 1
     squares = np.bincount(owner, pull, groups) ** 2
@@ -73,10 +73,8 @@ def linearised(
     def refused(reason: str) -> Figure:
         return Figure(value, Interval(None, None, level, method, 0, 0, groups, malignant, reason))
 
-    if not replicates:
-        return refused(NOT_ASKED)
-    if malignant < FEWEST_MALIGNANT:
-        return refused(too_few(malignant))
+    if reason:
+        return refused(reason)
     if groups < 2 or not total > 0 or (scale == "positive" and value <= 0):
         return refused("the figure does not vary between patients")
     freedom = satterthwaite(total, float((squares**2).sum()), groups)
@@ -129,6 +127,13 @@ def share_interval(share: float, size: float, level: float) -> tuple[float, floa
     return low, high
 
 
-def too_few(malignant: int) -> str:
-    """Why no interval is printed."""
-    return f"{malignant} malignant lesions: under {FEWEST_MALIGNANT}, no interval is worth printing"
+def refusal(malignant: NDArray[np.bool_], owner: Ints, replicates: int) -> str | None:
+    """Why no interval of these lesions [n] is printed, or None: not asked for, or too few."""
+    count, patients = int(malignant.sum()), len(np.unique(owner[malignant]))
+    if not replicates:
+        return NOT_ASKED
+    if count < FEWEST_MALIGNANT:
+        return f"{count} malignant lesions: under {FEWEST_MALIGNANT}, no interval is worth printing"
+    if patients < FEWEST_GROUPS:
+        return f"malignant lesions of {patients} patients: under {FEWEST_GROUPS}, no interval is worth printing"
+    return None

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED, Figure, Interval
+from lesionflow.evaluation.intervals import Figure, Interval
 from lesionflow.evaluation.metrics import Floats, Ints
-from lesionflow.evaluation.prevalence import log_odds, share_interval, shares, too_few
+from lesionflow.evaluation.prevalence import log_odds, share_interval, shares
 
 BINS = 10
 METHOD_BIN = "Clopper-Pearson, effective sample size by patient"
@@ -31,6 +31,7 @@ def binned(
     owner: Ints,
     share: float,
     common: dict[str, Any],
+    replicates: int,
     seed: int,
 ) -> dict[str, Any]:
     """The reliability bins, and the expected calibration error over them.
@@ -68,7 +69,7 @@ def binned(
                 "observed": _observed(malignant[here], owner[here], alike, odds_shift, common).to_dict(),
             }
         )
-    plain, corrected, interval = _error(gaps, malignant, p, weight, owner, bin_of, common, seed)
+    plain, corrected, interval = _error(gaps, malignant, p, weight, owner, bin_of, common, replicates, seed)
     return {
         "ece": Figure(corrected, interval).to_dict(),
         "ece_plain": Figure(plain, interval).to_dict(),
@@ -84,6 +85,7 @@ def _error(
     owner: Ints,
     bin_of: Ints,
     common: dict[str, Any],
+    replicates: int,
     seed: int,
 ) -> tuple[float, float, Interval]:
     """Expected calibration error: as it is, less what noise adds to it, and the interval of the true one.
@@ -105,14 +107,11 @@ def _error(
     # How much larger |gap + noise| is than |gap|, on average.
     excess = np.array([2 * (normal.pdf(one) - one * normal.cdf(-one)) for one in z])
     corrected = max(0.0, plain - float(errors @ excess))
-    about = (level, METHOD_ECE, common["replicates"], 0, groups, common["malignant"])
-    reason = NOT_ASKED if not common["replicates"] else None
-    if common["malignant"] < FEWEST_MALIGNANT:
-        reason = reason or too_few(common["malignant"])
-    if reason:
-        return plain, corrected, Interval(None, None, *about, reason)
+    about = (level, METHOD_ECE, replicates, 0, groups, common["malignant"])
+    if common["reason"]:
+        return plain, corrected, Interval(None, None, *about, common["reason"])
     values, vectors = np.linalg.eigh(covariance)
-    noise = np.random.default_rng([seed, 2]).standard_normal((common["replicates"], count))
+    noise = np.random.default_rng([seed, 2]).standard_normal((replicates, count))
     noise = noise @ (vectors * np.sqrt(np.maximum(values, 0))).T
     low = plain - float(np.quantile(np.abs(noise).sum(axis=1), (1 + level) / 2))
     sign = np.sign(gaps)
@@ -128,6 +127,6 @@ def _observed(found: NDArray[np.bool_], owner: Ints, alike: float, odds_shift: f
     low, high = share_interval(share, size, common["level"])
     value, low, high = (q / (q + (1 - q) * float(np.exp(-odds_shift))) for q in (share, low, high))
     about = (common["level"], METHOD_BIN, 0, 0, len(np.unique(owner)), int(found.sum()))
-    if not common["replicates"]:
-        return Figure(value, Interval(None, None, *about, NOT_ASKED))
+    if common["reason"]:
+        return Figure(value, Interval(None, None, *about, common["reason"]))
     return Figure(value, Interval(low, high, *about))

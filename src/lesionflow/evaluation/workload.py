@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lesionflow.errors import DataError
-from lesionflow.evaluation.intervals import FEWEST_MALIGNANT, NOT_ASKED, Figure, Interval
+from lesionflow.evaluation.intervals import Figure, Interval
 from lesionflow.evaluation.metrics import Floats, Groups, Ints, checked, codes
-from lesionflow.evaluation.prevalence import share_interval, shares, stated, too_few
+from lesionflow.evaluation.prevalence import refusal, share_interval, shares, stated
 from lesionflow.evaluation.quantiles import satterthwaite, student_quantile
 from lesionflow.evaluation.thresholds import independent_lesions
 
@@ -65,10 +65,10 @@ def operating(
     # Sums of fractions depend on their order, in the last digit; nothing may depend on the order of rows.
     order = np.lexsort((known, malignant, scores, owner))
     malignant, scores, owner, known = malignant[order], scores[order], owner[order], known[order]
-    about = _About(level, int(owner.max()) + 1, int(malignant.sum()), NOT_ASKED if not replicates else None)
+    about = _About(level, int(owner.max()) + 1, int(malignant.sum()), refusal(malignant, owner, replicates))
     places = [_place(scores[malignant], owner[malignant], one, level) for one in sensitivities]
     passed = _passed(malignant, scores, owner, places, share, level, about)
-    inside = _Known(malignant[known], scores[known], owner[known], share, level, about.reason)
+    inside = _Known(malignant[known], scores[known], owner[known], share, level, replicates)
     rows = []
     for sensitivity, place, (specificity, reviewed) in zip(sensitivities, places, passed, strict=True):
         k, within = inside.within(sensitivity)
@@ -95,7 +95,7 @@ class _About:
     reason: str | None
 
     def figure(self, value: float, low: float, high: float, reason: str | None = None) -> Figure:
-        reason = self.reason or (too_few(self.malignant) if self.malignant < FEWEST_MALIGNANT else reason)
+        reason = self.reason or reason
         about = (self.level, METHOD, 0, 0, self.clusters, self.malignant)
         if reason:
             return Figure(value, Interval(None, None, *about, reason))
@@ -205,12 +205,12 @@ class _Known:
         owner: Ints,
         prevalence: float,
         level: float,
-        reason: str | None,
+        replicates: int,
     ) -> None:
         ill, well = int(malignant.sum()), int((~malignant).sum())
         self.patient = np.unique(owner, return_inverse=True)[1]
         self.count = int(self.patient.max()) + 1 if len(owner) else 0
-        self.about = _About(level, self.count, ill, reason)
+        self.about = _About(level, self.count, ill, refusal(malignant, owner, replicates))
         self.nothing = None
         if not len(owner):
             self.nothing = "the patient of no lesion is known"

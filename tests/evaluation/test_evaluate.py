@@ -10,7 +10,8 @@ import pytest
 
 from lesionflow.errors import DataError
 from lesionflow.evaluation import metrics
-from lesionflow.evaluation.evaluate import evaluate_oof
+from lesionflow.evaluation.evaluate import evaluate
+from lesionflow.recipe import Evaluation
 
 
 def table(seed=0, lesions=1500, malignant=120, patients=90, known=1.0, folds=3, shift=0.0):
@@ -35,9 +36,13 @@ def table(seed=0, lesions=1500, malignant=120, patients=90, known=1.0, folds=3, 
     )
 
 
+def evaluate_oof(oof):
+    return evaluate(oof, None, Evaluation(replicates=100))
+
+
 def test_all_four_figures_are_the_metric_s_own_with_intervals_around_them():
     oof = table()
-    result = evaluate_oof(oof, replicates=200)
+    result = evaluate_oof(oof)
     y, s, fold = oof["target"].to_numpy(), oof["logit"].to_numpy(), oof["fold"].to_numpy()
     pauc = result["pauc"]
     each = [metrics.pauc(y[fold == f], s[fold == f]) for f in range(3)]
@@ -47,14 +52,14 @@ def test_all_four_figures_are_the_metric_s_own_with_intervals_around_them():
     assert pauc["mean_of_folds"]["value"] == pytest.approx(np.mean(each))
     for one in (pauc["pooled"], pauc["rank_pooled"], pauc["mean_of_folds"], *pauc["folds"], result["auc"]["pooled"]):
         assert one["interval"]["low"] < one["value"] < one["interval"]["high"]
-    assert result["counts"] == {"lesions": 1500, "malignant": 120, "benign": 1380, "folds": 3}
+    assert result["counts"] == {"lesions": 1500, "malignant": 120, "benign": 1380, "folds": 3, "prevalence": 0.08}
     assert sum(f["malignant"] for f in pauc["folds"]) == 120
     assert result["fold_hash"] == "abc"
     json.dumps(result, allow_nan=False)
 
 
 def test_the_headline_forgives_a_shift_between_folds_and_pooling_shows_it():
-    plain, shifted = evaluate_oof(table(), replicates=100), evaluate_oof(table(shift=4.0), replicates=100)
+    plain, shifted = evaluate_oof(table()), evaluate_oof(table(shift=4.0))
     assert shifted["pauc"]["rank_pooled"] == plain["pauc"]["rank_pooled"]
     assert shifted["pauc"]["mean_of_folds"] == plain["pauc"]["mean_of_folds"]
     assert shifted["pauc"]["pooled"]["value"] < plain["pauc"]["pooled"]["value"] - 0.02
@@ -63,13 +68,13 @@ def test_the_headline_forgives_a_shift_between_folds_and_pooling_shows_it():
 def test_the_same_predictions_in_another_order_give_the_same_file():
     oof = table(known=0.5)
     again = oof.sample(fraction=1.0, shuffle=True, seed=1)
-    assert evaluate_oof(oof, replicates=100) == evaluate_oof(again, replicates=100)
+    assert evaluate_oof(oof) == evaluate_oof(again)
 
 
 def test_the_note_says_what_was_drawn():
-    patient = evaluate_oof(table(), replicates=100)["groups"]
-    mixed = evaluate_oof(table(known=0.3), replicates=100)
-    lesion = evaluate_oof(table(known=0.0), replicates=100)
+    patient = evaluate_oof(table())["groups"]
+    mixed = evaluate_oof(table(known=0.3))
+    lesion = evaluate_oof(table(known=0.0))
     assert (patient["kind"], patient["clusters"]) == ("patient", 90)
     assert mixed["groups"]["kind"] == "mixed"
     assert f"known for {mixed['groups']['lesions_with_patient']:,} of 1,500" in mixed["groups"]["note"]
@@ -79,18 +84,18 @@ def test_the_note_says_what_was_drawn():
 
 def test_retrieval_counts_known_patients_only():
     oof = table(known=0.5, patients=12)
-    result = evaluate_oof(oof, replicates=100)["retrieval"]
+    result = evaluate_oof(oof)["retrieval"]
     known = oof.filter(oof["patient_group"].str.starts_with("IP_"))
     ranks = metrics.fold_rank(oof["logit"], oof["fold"])[oof["patient_group"].str.starts_with("IP_").to_numpy()]
     assert result["value"] == metrics.top_k_retrieval(known["target"], ranks, known["patient_group"].to_list())
     assert result["malignant"] == known["target"].sum()
-    unknown = evaluate_oof(table(known=0.0), replicates=100)["retrieval"]
+    unknown = evaluate_oof(table(known=0.0))["retrieval"]
     assert unknown["value"] is None
-    assert unknown["reason"]
+    assert unknown["interval"]["reason"]
 
 
 def test_few_malignant_lesions_get_figures_with_reasons_instead_of_intervals():
-    result = evaluate_oof(table(malignant=9, folds=2), replicates=100)
+    result = evaluate_oof(table(malignant=9, folds=2))
     assert result["pauc"]["pooled"]["value"] > 0
     assert "9 malignant" in result["pauc"]["pooled"]["interval"]["reason"]
     assert result["thresholds"]["refer"]["reached"] is False
@@ -100,11 +105,11 @@ def test_few_malignant_lesions_get_figures_with_reasons_instead_of_intervals():
 def test_a_fold_of_one_class_has_no_value_and_neither_has_the_mean():
     oof = table(malignant=60)
     oof = oof.filter((pl.col("fold") != 2) | (pl.col("target") == 0))
-    result = evaluate_oof(oof, replicates=100)["pauc"]
+    result = evaluate_oof(oof)["pauc"]
     assert result["folds"][2]["value"] is None
-    assert result["folds"][2]["reason"] == "all its lesions are benign"
+    assert result["folds"][2]["interval"]["reason"] == "all its lesions are benign"
     assert result["mean_of_folds"]["value"] is None
-    assert "1 of 3 folds" in result["mean_of_folds"]["reason"]
+    assert "1 of 3 folds" in result["mean_of_folds"]["interval"]["reason"]
     assert result["pooled"]["value"] is not None
 
 
@@ -124,4 +129,4 @@ def test_a_fold_of_one_class_has_no_value_and_neither_has_the_mean():
 )
 def test_a_table_that_can_t_be_pooled_is_refused(change, message):
     with pytest.raises(DataError, match=message):
-        evaluate_oof(change(table()), replicates=100)
+        evaluate_oof(change(table()))

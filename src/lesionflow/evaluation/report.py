@@ -224,7 +224,8 @@ def _refer(refer: Mapping[str, Any]) -> str:
     text = (
         f"The threshold of the folds' own models, chosen for a sensitivity of {refer['target']:.0%}: logit "
         f"{refer['value']:.4f} finds {refer['sensitivity']:.1%} of {refer['malignant']:,} malignant lesions, at least "
-        f"{refer['lower_bound']:.1%} (one-sided bound, {refer['level']:.0%}, {refer['malignant_clusters']:,} groups)."
+        f"{refer['lower_bound']:.1%} (one-sided bound, {refer['level']:.0%}, {refer['malignant_clusters']:,} groups). "
+        f"Specificity there: {plain(refer['specificity'], 'percent')}."
     )
     return text if refer["reached"] else f"{text} The target is not reached: {refer['reason']}."
 

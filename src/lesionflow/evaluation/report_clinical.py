@@ -47,19 +47,20 @@ def served(found: Mapping[str, Any]) -> View:
     if "retrieval" in part:
         cells = [cell(part["retrieval"], "area", notes), cell(found["retrieval"], "area", notes)]
         rows.append({"label": f"Top-{part['retrieval']['k']} retrieval, known patients", "cells": cells})
-    kept = part.get("bands") or {}
+    kept, specific = part.get("bands") or {}, Notes()
     return {
         "reason": None,
         "counts": f"{counts['lesions']:,} lesions, {counts['malignant']:,} of them malignant. {part['groups']['note']}",
         "rows": rows,
         "notes": notes.lines(),
-        "thresholds": [_threshold(name, one) for name, one in (part.get("thresholds") or {}).items() if one],
+        "thresholds": [_threshold(name, one, specific) for name, one in (part.get("thresholds") or {}).items() if one],
+        "threshold_notes": specific.lines(),
         "bands": _bands(kept) if kept else None,
         "chart": charts_clinical.bands(kept, "bands") if kept else "",
     }
 
 
-def _threshold(name: str, one: Mapping[str, Any]) -> View:
+def _threshold(name: str, one: Mapping[str, Any], notes: Notes) -> View:
     label = "refer" if name == "refer" else "refer or routine"
     return {
         "label": f"logit ≥ {one['logit']:.4f}" if one["reached"] else "not reached",
@@ -67,6 +68,7 @@ def _threshold(name: str, one: Mapping[str, Any]) -> View:
         "target": f"{one['target']:.0%}",
         "sensitivity": f"{one['sensitivity']:.1%}",
         "bound": f"{one['lower_bound']:.1%}",
+        "specificity": cell(one.get("specificity"), "percent", notes),
         "level": f"{one['level']:.0%}",
         "clusters": f"{one['malignant']:,} / {one['malignant_clusters']:,}",
         "reason": one.get("reason"),

@@ -17,7 +17,7 @@ LEVELS = (
     ("data",),
     ("bundle",),
     ("models", "evaluation", "serving"),
-    ("training", "export"),
+    ("training", "export", "reporting"),
     ("plan", "gather", "pack", "present", "steps"),
     ("cluster",),
     ("cli", "__main__"),

@@ -34,10 +34,10 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "prepare": _DATA,
     "split": ("data/folds.py",),
     "train": ("data/images.py", "data/sampler.py", "data/augment.py", "data/datamodule.py", "models", "training"),
-    "stack": ("data/images.py", "gather.py"),
+    "stack": ("data/images.py", "serving/inputs.py", "gather.py"),
     "evaluate": ("evaluation", "data/duplicates.py", "steps.py"),
-    "gate": ("evaluation", "present.py", "steps.py"),
-    "export": ("export", "bundle.py", "serving", "data", "pack.py"),
+    "gate": ("evaluation", "reporting", "present.py", "steps.py"),
+    "export": ("export", "bundle.py", "serving", "data", "reporting", "pack.py", "present.py"),
 }
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": (),

@@ -28,7 +28,7 @@ def report(run: Path, out: Path | None = None, *, include_images: bool = False) 
     """
     import polars as pl
 
-    from lesionflow.evaluation.report import write_report
+    from lesionflow.reporting.report import write_report
 
     out = out or run / "report.html"
     metrics, context = keys.read_json(run / "metrics.json"), _context(run)
@@ -40,7 +40,7 @@ def report(run: Path, out: Path | None = None, *, include_images: bool = False) 
 
 def card(run: Path) -> None:
     """Write `MODEL_CARD.md`."""
-    from lesionflow.evaluation.card import write_card
+    from lesionflow.reporting.card import write_card
 
     write_card(run / "MODEL_CARD.md", keys.read_json(run / "metrics.json"), _context(run))
 
@@ -54,8 +54,8 @@ def explain(run: Path) -> list[str]:
     import polars as pl
 
     from lesionflow.data.images import to_pixels
-    from lesionflow.evaluation.gallery import write_gallery
     from lesionflow.evaluation.metrics import codes
+    from lesionflow.reporting.gallery import write_gallery
     from lesionflow.serving.explain import deletion
     from lesionflow.serving.graph import cam_shape
     from lesionflow.serving.predictor import Predictor
@@ -113,7 +113,7 @@ def _unseen(run: Path) -> Path:
 def _gallery(run: Path) -> list[dict[str, Any]]:
     import polars as pl
 
-    from lesionflow.evaluation.gallery import gallery
+    from lesionflow.reporting.gallery import gallery
     from lesionflow.serving.predictor import Predictor
 
     if not (run / "bundle").exists():

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from lesionflow.evaluation.evaluate import evaluate
-from lesionflow.evaluation.gallery import write_gallery
-from lesionflow.evaluation.report import write_report
 from lesionflow.recipe import Evaluation
+from lesionflow.reporting.gallery import write_gallery
+from lesionflow.reporting.report import write_report
 
 
 def load(path: Path):
@@ -23,7 +23,7 @@ def load(path: Path):
     return module
 
 
-sample = load(Path(__file__).parents[1] / "evaluation" / "sample.py")
+sample = load(Path(__file__).parents[1] / "reporting" / "sample.py")
 fetch = load(Path(__file__).with_name("fetch.py"))
 QUIET = (
     "--disable-gpu",

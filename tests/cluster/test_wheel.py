@@ -22,7 +22,7 @@ def test_it_is_a_wheel_of_this_very_code_every_time_the_same() -> None:
     assert len(packed) < 700_000, "a secret holds 1 MiB, in base64"
     names = zipfile.ZipFile(io.BytesIO(packed)).namelist()
     assert {f"lesionflow/recipes/{path.name}" for path in shipped().values()} <= set(names)
-    assert "lesionflow/evaluation/report.html" in names and "lesionflow/cluster/pipeline.py" in names
+    assert "lesionflow/reporting/report.html" in names and "lesionflow/cluster/pipeline.py" in names
     assert not [n for n in names if "__pycache__" in n or "test" in n]
 
 

@@ -220,14 +220,17 @@ def score(
     submission: Annotated[
         Path, typer.Argument(help="CSV or Parquet with isic_id and target (or a run's oof.parquet).")
     ],
-    truth: Annotated[Path, typer.Argument(help="CSV with isic_id and target, e.g. train-metadata.csv.")],
+    truth: Annotated[
+        Path | None, typer.Argument(help="CSV with isic_id and target; a run's own tables hold the truth.")
+    ] = None,
     min_tpr: Annotated[float, typer.Option(help="Least true positive rate of the partial area.")] = 0.8,
     replicates: Annotated[int, typer.Option(help="Bootstrap replicates for the interval; 0: none.")] = 2000,
     as_json: JsonOption = False,
 ) -> None:
     """Score a submission: the competition's pAUC above 80 % TPR and its neighbours, with patient-clustered intervals.
 
-    Example: lesionflow score submission.csv truth.csv --json
+    Example: lesionflow score submission.csv train-metadata.csv --json
+    or: lesionflow score runs/first/oof.parquet
     """
     from lesionflow.evaluation.scoring import render, score_files
 

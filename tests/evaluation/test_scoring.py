@@ -12,8 +12,9 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from lesionflow.errors import DataError
+from lesionflow.errors import DataError, UsageError
 from lesionflow.evaluation import metrics, scoring
+from lesionflow.evaluation.scoring import score_files
 
 
 @pytest.fixture
@@ -219,3 +220,18 @@ def test_scoring_needs_no_heavy_package():
     code = f"import sys, lesionflow.evaluation.scoring; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_run_s_own_table_holds_the_truth_and_a_submission_does_not(tmp_path):
+    rng = np.random.default_rng(0)
+    y = np.repeat([1, 0], [40, 400])
+    names = [f"ISIC_{i}" for i in range(len(y))]
+    table = pl.DataFrame({"isic_id": names, "target": y, "logit": rng.normal(size=len(y)) + 2 * y})
+    table.write_parquet(tmp_path / "oof.parquet")
+    table.select("isic_id", target="logit").write_csv(tmp_path / "submission.csv")
+    table.select("isic_id", "target").write_csv(tmp_path / "truth.csv")
+    alone = score_files(tmp_path / "oof.parquet", replicates=0)
+    both = score_files(tmp_path / "submission.csv", tmp_path / "truth.csv", replicates=0)
+    assert alone["pauc"] == both["pauc"]
+    with pytest.raises(UsageError, match="doesn't hold the truth"):
+        score_files(tmp_path / "submission.csv")

@@ -1,6 +1,7 @@
 """Score a submission file against the truth, as the competition does, each figure with its interval.
 
     lesionflow score submission.csv train-metadata.csv
+    lesionflow score runs/first/oof.parquet
 
 Rows are joined on `isic_id`, never by position. Missing, extra and duplicate ids and scores that are not
 finite numbers are refused by name and count. Only the columns needed are read, and no torch is imported:
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lesionflow.errors import DataError
+from lesionflow.errors import DataError, UsageError
 from lesionflow.evaluation import metrics, tables
 from lesionflow.evaluation.grouping import describe
 from lesionflow.evaluation.intervals import Figure
@@ -32,7 +33,7 @@ NOT_PROBABILITIES = "the scores are not probabilities: some lie outside 0..1"
 
 def score_files(
     submission: Path,
-    truth: Path,
+    truth: Path | None = None,
     *,
     min_tpr: float = metrics.MIN_TPR,
     replicates: int = 2000,
@@ -41,8 +42,8 @@ def score_files(
 ) -> dict[str, Any]:
     """Every figure of `submission` (isic_id and target, or an oof.parquet) against `truth` (isic_id, target).
 
-    Both may be CSV or parquet. Where the truth has `patient_id`, intervals draw patients. The result is JSON-able,
-    and each figure in it is `Figure.to_dict()`:
+    Both may be CSV or parquet; an oof.parquet or holdout.parquet holds the truth itself. Where the truth has
+    `patient_id`, intervals draw patients. The result is JSON-able, and each figure in it is `Figure.to_dict()`:
 
     - `pauc` (above `min_tpr`), `pauc_88`, `auc`, `average_precision`: {`pooled`: the scores as they are, and where
       the submission has a column `fold` also `rank_pooled` and `mean_of_folds`}, besides `min_tpr`, `maximum` and
@@ -51,9 +52,13 @@ def score_files(
     - `brier`, `log_loss` (nats): without a value, and with the reason, where scores lie outside 0..1.
     - `counts`, `groups` (whom intervals draw), `score_column`, `settings`.
 
-    `replicates=0` leaves the intervals out. Raises `DataError` with the first offending ids and the remedy.
+    `replicates=0` leaves the intervals out. Raises `DataError` with the first offending ids and the remedy,
+    `UsageError` without a truth.
     """
     answers, column = tables.scores(submission)
+    if truth is None and column != "logit":
+        raise UsageError(f"{submission}: a submission doesn't hold the truth; name it too, such as train-metadata.csv")
+    truth = truth or submission
     lesions = tables.truth(truth)
     answers = answers.drop("target", strict=False)
     joined = tables.join(answers, lesions, submission, truth, "score exactly the lesions of the truth")

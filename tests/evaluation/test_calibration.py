@@ -197,6 +197,24 @@ def test_intervals_hold_the_truth_and_few_malignant_lesions_get_none():
     assert unasked["brier"]["interval"]["reason"] == "not asked for"
 
 
+def test_the_standard_error_is_what_drawing_patients_gives():
+    y, logit, patient = cohort(13, 100, 15_000, patients=120)
+    p = calibration.fit(logit, y, prevalence=PREVALENCE).probability(logit)
+    found = calibration.assess(p, y, patient, prevalence=PREVALENCE)
+    rng, drawn = np.random.default_rng(0), []
+    rows = [np.nonzero(patient == one)[0] for one in range(120)]
+    for _ in range(300):
+        some = np.concatenate([rows[i] for i in rng.integers(0, 120, 120)])
+        one = calibration.assess(p[some], y[some], patient[some], prevalence=PREVALENCE, replicates=0)
+        drawn.append([one[name]["value"] for name in ("intercept", "slope", "expected_observed", "brier")])
+    for name, error in zip(("intercept", "slope", "expected_observed", "brier"), np.std(drawn, axis=0), strict=True):
+        interval = found[name]["interval"]
+        ends = np.array([interval["low"], interval["high"]])
+        width = np.diff(np.log(ends))[0] * found[name]["value"] if "log" in interval["method"] else np.diff(ends)[0]
+        # Twice a t quantile of some dozen degrees of freedom, 2.0 to 2.2.
+        assert width / error == pytest.approx(4.2, rel=0.17), name
+
+
 def test_the_corrected_error_is_nearer_to_the_truth_than_the_plain_one():
     a, b = true_line(PREVALENCE)
     plain, corrected = [], []

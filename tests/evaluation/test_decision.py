@@ -40,6 +40,14 @@ def test_net_benefit_is_counted_per_lesion_at_the_stated_prevalence():
     assert as_it_is["net_benefit"][2] == pytest.approx(expected)
 
 
+def test_a_probability_that_equals_the_threshold_acts():
+    y, _, g = cohort(1)
+    at = decision_curve(*cohort(1)[1::-1], g, prevalence=0.01)["probability"][20]
+    curve = decision_curve(np.where(y == 1, at, at / 3), y, g, prevalence=0.01)
+    assert curve["net_benefit"][20] == pytest.approx(0.01)
+    assert curve["net_benefit"][21] == 0
+
+
 def test_a_perfect_model_has_the_prevalence_as_its_benefit_and_a_band_all_the_same():
     y, _, g = cohort(1)
     curve = decision_curve(np.where(y == 1, 0.99, 0.0), y, g, prevalence=0.01)

@@ -56,7 +56,7 @@ def pack(run: Path) -> None:
         info=info,
         parity_images=np.stack([pixels(store, int(row), spec) for row in rows]),
         tolerance=recipe.gate.parity,
-        # evaluated=np.array(list(served.values())),
+        evaluated=np.array(list(served.values())),
         reference=_reference_lesions(),
         card=(run / "MODEL_CARD.md").read_text(),
         tta=recipe.training.tta,

@@ -118,8 +118,18 @@ def print_summary(run: Path) -> None:
     table.add_row("mean of folds", f"{pauc['mean_of_folds']['value']:.4f}")
     auc = metrics["auc"][metrics["headline"]]
     table.add_row("AUC", with_interval(auc["value"], auc["interval"]))
+    served = metrics["served"]
+    if "pauc" in served:
+        lesions = f"{served['counts']['lesions']:,} lesions of patients in no fold"
+        table.add_row(
+            "served, pAUC", with_interval(served["pauc"]["value"], served["pauc"]["interval"]) + f", {lesions}"
+        )
+        refer = served["thresholds"]["refer"]
+        bound = f"sensitivity {refer['sensitivity']:.1%}, at least {refer['lower_bound']:.1%}"
+        table.add_row("band refer", bound if refer["reached"] else f"none: {refer['reason']}")
     for name, what in (
         ("report.html", "report"),
+        ("gallery.html", "errors, with pictures (not for sharing)"),
         ("MODEL_CARD.md", "model card"),
         ("bundle", "bundle"),
         ("events", "TensorBoard: tensorboard --logdir"),

@@ -284,3 +284,16 @@ def test_a_graph_without_the_maps_that_bundle_json_lists_is_refused(bundle_copy)
     write_manifest(bundle_copy)
     with pytest.raises(DataError, match="cam"):
         Predictor(bundle_copy)
+
+
+def test_a_graph_that_says_something_else_than_was_evaluated_is_refused(export_tiny, tmp_path, bundle_dir):
+    predictor = Predictor(bundle_dir)
+    size = predictor.spec.size
+    images = np.random.default_rng(0).integers(0, 255, (4, size, size, 3), np.uint8)
+    evaluated = predictor.logits(images)[1].astype(np.float64)
+    made = export_tiny(tmp_path / "same", parity_images=images, evaluated=evaluated[:3])
+    assert made["parity"]["evaluated_max_abs"] <= 1e-4
+    evaluated[1] += 0.01
+    with pytest.raises(GateRefused, match="thresholds were chosen"):
+        export_tiny(tmp_path / "other", parity_images=images, evaluated=evaluated)
+    assert not (tmp_path / "other").exists()

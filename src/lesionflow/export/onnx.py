@@ -50,6 +50,7 @@ def export_bundle(
     reference: Sequence[tuple[str, bytes]],
     card: str | None = None,
     tta: str = "none",
+    evaluated: NDArray[np.float64] | None = None,
 ) -> dict[str, Any]:
     """Write the bundle `out` and return its parity figures, size and timing.
 
@@ -58,12 +59,13 @@ def export_bundle(
     metrics, recipe, data_hash, fold_hash, data_licence, synthetic (see `bundle.check_info`).
     `parity_images` is uint8 [N, S, S, 3]. `reference` are (file name, PNG or JPEG bytes) of synthetic
     lesions, kept in the bundle with the answers. `tta` "flips" averages over four mirror images.
+    `evaluated` are the logits that the first so many parity images had when thresholds were chosen.
 
     Where the models' class-activation maps are exact (`graph.map_shape`) the graph gives them as `cam`, and
     `graph.outputs` in bundle.json lists it; for other networks there is none.
 
-    Raises `GateRefused`, and leaves what `out` was before, if torch and the graph differ by more than
-    `tolerance` in any logit or map, or either says NaN; `UsageError` for models that can't be exported.
+    Raises `GateRefused`, and leaves what `out` was before, if the graph differs by more than `tolerance` from
+    torch in any logit or map, or from what was evaluated, or says NaN; `UsageError` for models that can't be exported.
     """
     out = Path(out)
     _check_arguments(models, out, spec, parity_images, reference, tta)
@@ -80,7 +82,7 @@ def export_bundle(
         content = _content(info, spec, len(members), tta, maps)
         write_json(work / INFO, content)
         predictor = Predictor(Bundle.open(work, verify=False))
-        parity = _parity(members, predictor, parity_images, tolerance, spec, tta)
+        parity = _parity(members, predictor, parity_images, tolerance, spec, tta, evaluated)
         if maps:
             parity["cam_max_abs"] = _map_parity(members, predictor, parity_images[:MAP_LESIONS], tolerance, spec, tta)
         content["parity"] = parity
@@ -111,6 +113,7 @@ def _parity(
     tolerance: float,
     spec: PreprocessSpec,
     tta: str,
+    evaluated: NDArray[np.float64] | None,
 ) -> dict[str, Any]:
     """Figures of torch against the predictor on `images`; raises `GateRefused` if they are too far apart."""
     fold_logits, logit = predictor.logits(images)
@@ -130,6 +133,13 @@ def _parity(
             f"parity: on {len(images)} lesions the exported graph's logits are up to {worst:.3g} off torch's, and "
             f"{tolerance:g} is allowed: nothing was exported; raise gate.parity only if you know why they differ"
         )
+    if evaluated is not None and len(evaluated):
+        figures["evaluated_max_abs"] = gap = float(np.abs(logit[: len(evaluated)] - evaluated).max())
+        if not gap <= tolerance:
+            raise GateRefused(
+                f"parity: the exported graph's logits are up to {gap:.3g} off those that the thresholds were chosen "
+                f"on, and {tolerance:g} is allowed: nothing was exported; train and evaluate again on this machine"
+            )
     return figures
 
 

@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml requirements.txt
 	touch $@
 
 demo: install  ## make data, train in two processes, evaluate, export, serve and ask (5 minutes on 2 cores)
-	$(BIN)/lesionflow data synth --out $(DEMO)/data --patients 60 --lesions 2000 --seed 1
+	$(BIN)/lesionflow data synth --out $(DEMO)/data --patients 300 --lesions 3000 --prevalence 0.08 --seed 1
 	$(BIN)/lesionflow run quick --data $(DEMO)/data --out $(DEMO)/run --processes 2 --keep-serving
 	$(BIN)/lesionflow ask $(DEMO)/run $(DEMO)/data/test-image.hdf5; asked=$$?; \
 	$(BIN)/lesionflow undeploy $(DEMO)/run; exit $$asked

@@ -29,7 +29,7 @@ def test_the_step_by_step_commands_run(tmp_path: Path) -> None:
     section = README.split("## A first run, step by step")[1].split("\n## ")[0]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     found = commands(section)
-    assert len(found) == 10
+    assert len(found) == 12
     for command in found:
         done = subprocess.run(
             shlex.split(command), cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True

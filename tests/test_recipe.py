@@ -42,6 +42,8 @@ def test_a_recipe_survives_toml(tmp_path: Path) -> None:
         ("training=3", ("training", "section")),
         ("training.epochs", ("field=value",)),
         ("seed.x=3", ("seed",)),
+        ("folds.holdout=0.6", ("folds.holdout", "between 0 and 0.5")),
+        ("evaluation.low_sensitivity=0.8", ("low_sensitivity", "evaluation.sensitivity 0.9")),
     ],
 )
 def test_a_wrong_field_is_named_with_its_bound(override: str, parts: tuple[str, ...]) -> None:

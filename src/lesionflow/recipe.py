@@ -207,6 +207,11 @@ class Recipe:
             raise UsageError(
                 f"{where}: name must be of letters, digits, dots, dashes, underscores, got {recipe.name!r}"
             )
+        if (low := recipe.evaluation.low_sensitivity) < recipe.evaluation.sensitivity:
+            raise UsageError(
+                f"{where}: evaluation.low_sensitivity {low:g} is under evaluation.sensitivity "
+                f"{recipe.evaluation.sensitivity:g}; lesions called low must miss fewer cancers, so raise it"
+            )
         return recipe
 
     def to_dict(self) -> dict[str, Any]:

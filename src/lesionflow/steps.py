@@ -298,7 +298,7 @@ def _evaluate(run: Path, progress: bool) -> None:
     recipe, (store, folds) = recipe_of(run), data_of(run)
     oof = pl.read_parquet(run / "oof.parquet")
     holdout = pl.read_parquet(run / "holdout.parquet") if folds.holdout else None
-    found = leaks.check_oof(oof, folds, holdout) | leaks.duplicates(store, folds, progress=progress)
+    found = leaks.check_oof(oof, folds, holdout, store=store) | leaks.duplicates(store, folds, progress=progress)
     split = {"kind": folds.kind, "names": folds.names, "holdout": len(folds.holdout_rows())}
     metrics = figures(oof, holdout, recipe.evaluation, split=split, leaks=found)
     count, members = folds.count, recipe.model.per_fold

@@ -46,7 +46,33 @@ def test_what_the_split_made_is_fine_in_any_order(folds: Folds) -> None:
     assert len(holdout) == len(folds.holdout_rows()) > 50
     checked = leaks.check_oof(oof.sample(fraction=1, shuffle=True, seed=1), folds, holdout)
     assert checked == {"patients_in_two_folds": 0, "fold_hash_checked": True}
-    assert leaks.check_oof(oof, folds) == checked
+    with pytest.raises(DataError, match="its scores are missing"):
+        leaks.check_oof(oof, folds)
+
+
+class Held:
+    """What is asked of a store."""
+
+    def __init__(self, folds: Folds) -> None:
+        every = pl.concat([scores(folds), scores(folds, held_out=True)])
+        self.ids, self.groups = every["isic_id"].to_list(), every["patient_group"].to_list()
+        self.targets = np.arange(len(every)) % 2
+
+
+def test_targets_patients_and_served_logits_are_the_data_s(folds: Folds) -> None:
+    store = Held(folds)
+    truth = pl.DataFrame({"isic_id": store.ids, "target": store.targets})
+    oof, holdout = (
+        scores(folds, held_out=part).join(truth, on="isic_id").with_columns(logit=pl.lit(0.5)) for part in (False, True)
+    )
+    holdout = holdout.with_columns(fold_logits=pl.lit([0.25, 0.75]))
+    assert leaks.check_oof(oof, folds, holdout, store=store)
+    with pytest.raises(DataError, match=rf"oof: 1 lesions \({oof['isic_id'][4]}\) have another target"):
+        leaks.check_oof(change(oof, 4, "target", 1 - oof["target"][4]), folds, holdout, store=store)
+    with pytest.raises(DataError, match=r"oof: 1 lesions .* another patient"):
+        leaks.check_oof(change(oof, 4, "patient_group", "IP_new"), folds, holdout, store=store)
+    with pytest.raises(DataError, match=r"holdout: 1 lesions .* isn't the mean"):
+        leaks.check_oof(oof, folds, change(holdout, 0, "logit", 3.0), store=store)
 
 
 def test_a_prediction_of_a_model_that_learned_from_the_lesion_is_refused(folds: Folds) -> None:

@@ -24,8 +24,8 @@ DESCRIBING = {
     "k", "patients", "patients_with_k_lesions_or_fewer", "prevalence", "data_prevalence", "sd", "probability",
     "low", "high", "checked", "count", "pairs", "patients_in_two_folds", "fold_hash_checked", "level", "treat_all",
     # The point or the target that a figure is for, and what a bin or band holds.
-    "sensitivity", "score", "target", "predicted", "logit", "share_at_prevalence", "malignant_clusters",
-    "thresholds", "benign", "reached", "a", "b", "share",
+    "sensitivity", "score", "target", "predicted", "logit", "malignant_clusters",
+    "subgroup_threshold", "thresholds", "benign", "reached", "a", "b", "share",
 }  # fmt: skip
 
 

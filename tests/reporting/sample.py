@@ -85,6 +85,7 @@ def metrics(kind: str = "patient") -> dict[str, Any]:
                 "malignant": 310, "malignant_clusters": 201, "reason": None, "scale": "pooled logit",
             }
         },
+        "subgroup_threshold": {"sensitivity": 0.9, "score": 0.8213},
         "subgroups": subgroups(),
         "leaks": {
             "patients_in_two_folds": 0, "fold_hash_checked": True,
@@ -254,7 +255,12 @@ def served() -> dict[str, Any]:
         }  # fmt: skip
 
     def kept(lesions: int, malignant: int, share: float, at: float) -> dict[str, Any]:
-        return {"lesions": lesions, "malignant": malignant, "share": around(share, 0.07), "share_at_prevalence": at}
+        return {
+            "lesions": lesions,
+            "malignant": malignant,
+            "share": around(share, 0.07),
+            "share_at_prevalence": around(at, 0.07),
+        }
 
     small = {"clusters": 203, "malignant": 78}
     return {

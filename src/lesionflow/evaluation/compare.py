@@ -73,7 +73,7 @@ def compare_files(
     first, second = side(a, of), side(b, of)
     _same_split(first, second)
     both = _joined(first, second, truth)
-    y, groups = both["target"].to_numpy(), tables.groups(both["patient_id"])
+    y, groups = both["target"].to_numpy(), tables.groups(both["patient_id"], both["isic_id"])
     s_a, s_b = both["score_a"].to_numpy(), both["score_b"].to_numpy()
     options: dict[str, Any] = {"replicates": replicates, "seed": seed, "level": level}
     found = compare_scores(y, s_a, s_b, groups, list(MEASURES.values()), **options)

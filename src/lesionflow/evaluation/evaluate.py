@@ -3,7 +3,8 @@
 Two tables are read. The out-of-fold one has each lesion once, scored by a model that never saw its patient;
 folds are different models whose scales differ, so there is no one pAUC of it, and all are given: each fold's,
 their mean, that of the pooled logits, and that of the logits ranked within their fold and then pooled. The
-last is the headline: it uses every malignant lesion and forgives only a shift of scale.
+last is the headline: it uses every malignant lesion and forgives only a shift of scale. Ranks compare only
+where folds hold the same share of malignant lesions; for a split by institution the mean of folds is quoted.
 
 The hold-out has the patients that no fold's model saw, scored by the mean of all of them: what is served. So
 what goes with the served model (its probabilities, its thresholds and bands) is fitted and vouched for there.
@@ -14,20 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from lesionflow.data.folds import HOLDOUT
 from lesionflow.errors import DataError
 from lesionflow.evaluation import calibration, metrics
 from lesionflow.evaluation.decision import decision_curve
 from lesionflow.evaluation.grouping import describe
 from lesionflow.evaluation.intervals import Figure
 from lesionflow.evaluation.metrics import Floats, Ints
-from lesionflow.evaluation.ranking import MEASURES, by_fold, ranking
-from lesionflow.evaluation.rates import proportion, rate
+from lesionflow.evaluation.prevalence import linearised, pulls, weights
+from lesionflow.evaluation.ranking import MEASURES, by_fold, ranking, span_of
+from lesionflow.evaluation.rates import rate
+from lesionflow.evaluation.retrieval import retrieval
 from lesionflow.evaluation.subgroups import subgroups
 from lesionflow.evaluation.thresholds import band_of, choose_bands, choose_threshold
 from lesionflow.evaluation.workload import operating
@@ -60,15 +65,17 @@ def evaluate(
     options = options or Evaluation()
     lesions = _Lesions(_checked(oof, "oof"), options, level)
     y, s, groups = lesions.y, lesions.s, lesions.groups
-    ranks = metrics.fold_rank(s, lesions.fold)
-    # Subgroups are compared at the score that finds the wanted share of all malignant lesions.
-    threshold = choose_threshold(y, ranks, groups, options.sensitivity).value
+    institutions = split is not None and split["kind"] == "institution"
+    # Ranks within a fold compare across folds of one prevalence, as patients are dealt; institutions have their own.
+    ranks = metrics.placement(s, lesions.fold, y) if institutions else metrics.fold_rank(s, lesions.fold)
+    # Subgroups are compared at the highest score that finds the wanted share of all malignant lesions.
+    threshold = float(np.sort(ranks[y == 1])[::-1][int(np.ceil(options.sensitivity * y.sum() - 1e-9)) - 1])
     # Subgroups are half of the work. Two threads that multiply alone beat two that share every product.
     with threadpool_limits(1), ThreadPoolExecutor(1) as pool:
         cells = pool.submit(subgroups, lesions.table, y, ranks, groups, threshold, **lesions.resampling)
         weighted = {"prevalence": options.prevalence, **lesions.resampling}
         probability = calibration.cross_fitted(s, y, lesions.fold, prevalence=options.prevalence)
-        refer = choose_threshold(y, s, groups, options.sensitivity)
+        refer = choose_threshold(y, s, groups, options.sensitivity, level=level)
         return {
             "schema": SCHEMA,
             "settings": {
@@ -80,9 +87,9 @@ def evaluate(
             **lesions.described(),
             "split": dict(split) if split else {"kind": "patient", "names": None, "holdout": 0},
             "fold_hash": str(lesions.table["fold_hash"][0]),
-            "headline": "rank_pooled",
+            "headline": "mean_of_folds" if institutions else "rank_pooled",
             **_ranking(lesions, ranks, (split or {}).get("names")),
-            "retrieval": _retrieval(lesions, ranks),
+            "retrieval": retrieval(y, ranks, groups, lesions.known, **lesions.drawing),
             "operating": operating(y, ranks, groups, lesions.known, **weighted),
             "calibration": calibration.assess(probability, y, groups, **weighted),
             "decision_curve": decision_curve(probability, y, groups, **weighted),
@@ -90,6 +97,7 @@ def evaluate(
                 "refer": _with_specificity(lesions, refer.to_dict(), s >= refer.value) | {"scale": "pooled logit"}
             },
             **_served(lesions, holdout, options, level),
+            "subgroup_threshold": {"sensitivity": options.sensitivity, "score": threshold},
             "subgroups": cells.result(),
             "leaks": dict(leaks) if leaks else {"reason": "not looked for"},
         }
@@ -107,6 +115,7 @@ class _Lesions:
         self.groups = metrics.codes(table["patient_group"].to_list(), len(table))
         self.known = (table["patient_group"] != table["isic_id"]).to_numpy()
         """Whether the patient is known, bool [n]."""
+        self.drawing: dict[str, Any] = {"replicates": options.replicates, "level": level}
         self.resampling: dict[str, Any] = {"replicates": options.replicates, "seed": options.seed, "level": level}
 
     def described(self) -> dict[str, Any]:
@@ -136,42 +145,20 @@ def _ranking(lesions: _Lesions, ranks: Floats, names: list[str] | None) -> dict[
     values = [one["value"] for one in folds if one["value"] is not None]
     joined["pauc"]["mean_of_folds"]["sd"] = float(np.std(values, ddof=1)) if len(values) == len(folds) > 1 else None
     return {
-        "pauc": {**_range(0.8), **joined["pauc"], "folds": folds},
-        "pauc_88": {**_range(0.88), **joined["pauc_88"]},
+        "pauc": {**span_of(0.8), **joined["pauc"], "folds": folds},
+        "pauc_88": {**span_of(0.88), **joined["pauc_88"]},
         "auc": joined["auc"],
         "average_precision": {"chance": float(y.mean()), **joined["average_precision"]},
     }
 
 
-def _range(min_tpr: float) -> dict[str, float]:
-    return {"min_tpr": min_tpr, "maximum": round(1 - min_tpr, 12), "chance": round((1 - min_tpr) ** 2 / 2, 12)}
-
-
 def _fold(lesions: _Lesions, fold: int, names: list[str] | None, figure: Figure) -> dict[str, Any]:
     here = lesions.fold == fold
     return {
-        "fold": fold, "name": names[fold] if names else None,
+        "fold": fold, "name": names[fold] if names and fold < len(names) else None,
         "lesions": int(here.sum()), "malignant": int(lesions.y[here].sum()),
         "groups": len(np.unique(lesions.groups[here])),
     } | figure.to_dict()  # fmt: skip
-
-
-def _retrieval(lesions: _Lesions, ranks: Floats) -> dict[str, Any]:
-    """Top-15 retrieval over the known patients: a lesion that is its own group would always be found."""
-    known = lesions.known
-    y, owner = lesions.y[known], lesions.groups[known]
-    size = np.bincount(owner) if len(owner) else np.zeros(0, int)
-    about = {
-        "k": metrics.TOP_K, "patients": len(np.unique(owner[y == 1])), "malignant": int(y.sum()), "lesions": len(y),
-        "patients_with_k_lesions_or_fewer": int(((size > 0) & (size <= metrics.TOP_K)).sum()),
-    }  # fmt: skip
-    if not y.any() or y.all():
-        reason = (
-            "the patient of no lesion is known" if not len(y) else "known patients lack malignant or benign lesions"
-        )
-        return about | Figure.missing(reason, malignant=int(y.sum())).to_dict()
-    found = metrics.retrieved(y, ranks[known], owner)
-    return about | proportion(found, owner[y == 1], level=lesions.resampling["level"]).to_dict()
 
 
 def _served(oof: _Lesions, holdout: pl.DataFrame | None, options: Evaluation, level: float) -> dict[str, Any]:
@@ -180,12 +167,8 @@ def _served(oof: _Lesions, holdout: pl.DataFrame | None, options: Evaluation, le
         fitted = calibration.fit(oof.s, oof.y, prevalence=options.prevalence)
         return {"probability": fitted.to_dict() | {"fitted_on": "out-of-fold"}, "served": {"reason": NO_HOLDOUT}}
     here = _Lesions(_checked(holdout, "holdout"), options, level)
+    _held_apart(here.table, oof.table)
     y, s, groups, doubtful = here.y, here.s, here.groups, _doubtful(here.table)
-    if shared := sorted(set(here.table["patient_group"]) & set(oof.table["patient_group"])):
-        raise DataError(
-            f"holdout: {len(shared)} patients lie in a fold too (such as {shared[0]}), so its figures would flatter; "
-            "split again"
-        )
     fitted = calibration.fit(s, y, prevalence=options.prevalence)
     parts = calibration.patient_parts(groups, seed=options.seed, y=y)
     probability = calibration.cross_fitted(s, y, parts, prevalence=options.prevalence)
@@ -202,7 +185,7 @@ def _served(oof: _Lesions, holdout: pl.DataFrame | None, options: Evaluation, le
         "served": {
             **here.described(),
             **{name: one.to_dict() for name, one in ranking(y, s, groups, **here.resampling).items()},
-            "retrieval": _retrieval(here, s),
+            "retrieval": retrieval(y, s, groups, here.known, **here.drawing),
             "operating": operating(y, s, groups, here.known, **weighted),
             "calibration": calibration.assess(probability, y, groups, **weighted),
             "decision_curve": decision_curve(probability, y, groups, **weighted),
@@ -221,6 +204,20 @@ def _with_specificity(here: _Lesions, threshold: dict[str, Any], referred: NDArr
     return {name: value for name, value in threshold.items() if name != "referred"} | {"specificity": found.to_dict()}
 
 
+def _held_apart(holdout: pl.DataFrame, oof: pl.DataFrame) -> None:
+    """Refuse a hold-out that isn't one: of this split, under fold -1, and with no lesion or patient of a fold."""
+    if (holdout["fold"] != HOLDOUT).any() or (oof["fold"] == HOLDOUT).any():
+        raise DataError(f"holdout: its fold is {HOLDOUT}, and no lesion of a fold has that; gather the scores again")
+    if holdout["fold_hash"][0] != oof["fold_hash"][0]:
+        raise DataError("holdout: of another split than the folds' (fold_hash); gather the scores again")
+    for column, what in (("isic_id", "lesions"), ("patient_group", "patients")):
+        if shared := sorted(set(holdout[column]) & set(oof[column])):
+            raise DataError(
+                f"holdout: {len(shared)} {what} lie in a fold too (such as {shared[0]}), so its figures would "
+                "flatter; split again"
+            )
+
+
 def _bands(
     here: _Lesions, doubtful: NDArray[np.bool_], bands: Mapping[str, Any], prevalence: float
 ) -> dict[str, Any] | None:
@@ -231,24 +228,38 @@ def _bands(
     named = np.where(doubtful, CANNOT_JUDGE, named)
     names = ["refer", "routine", *(["low"] if bands["low"]["reached"] else []), CANNOT_JUDGE]
     result = {}
+    weight = weights(here.y == 1, prevalence)
     for name in names:
         held = named == name
         malignant = int((held & (here.y == 1)).sum())
         # Benign lesions are thinned in most data sets, so the share is also given for the stated prevalence.
-        within = [float(held[here.y == kind].mean()) for kind in (0, 1)]
+        stated = linearised(
+            float(weight @ held), pulls(here.y == 1, weight, held.astype(np.float64)), here.groups,
+            malignant=malignant, level=here.resampling["level"],
+        )  # fmt: skip
         figure = rate(held, np.ones(len(held)), here.groups, malignant=malignant, fewest=0, **here.resampling)
         result[name] = {
             "lesions": int(held.sum()), "malignant": malignant, "share": figure.to_dict(),
-            "share_at_prevalence": within[0] * (1 - prevalence) + within[1] * prevalence,
+            "share_at_prevalence": _within(stated).to_dict(),
         }  # fmt: skip
     return result
 
 
+def _within(share: Figure) -> Figure:
+    """A share whose interval stays within 0..1."""
+    interval = share.interval
+    if interval.low is None or interval.high is None:
+        return share
+    return replace(share, interval=replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high)))
+
+
 def _doubtful(table: pl.DataFrame) -> NDArray[np.bool_]:
     """Whether a picture can't be judged, bool [n]."""
+    import polars as pl
+
     if "doubts" not in table.columns:
         return np.zeros(len(table), bool)
-    return (table["doubts"].list.len() > 0).to_numpy()
+    return (table["doubts"].cast(pl.List(pl.String)).list.len().fill_null(0) > 0).to_numpy()
 
 
 def _checked(table: pl.DataFrame, what: str) -> pl.DataFrame:

@@ -149,7 +149,7 @@ def figures(patients: Patients, measures: Sequence[Measure], replicates: int, se
     """Each measure of the first score vector, with its interval, all from the same replicates."""
     points = patients.tables[0].estimate(patients.everyone(), measures)
     values = [float(value[0]) for value, _ in points]
-    if reason := _not_asked(replicates) or _too_few([patients]):
+    if reason := _not_asked(replicates) or too_few([patients]):
         return [Figure(value, _refused([patients], level, reason)) for value in values]
     sampled = sample(patients, measures, replicates, seed)
     return [_figure(one, m, [patients], replicates, level) for one, m in zip(sampled, measures, strict=True)]
@@ -160,14 +160,14 @@ def mean_figures(
 ) -> tuple[list[list[Figure]], list[Figure]]:
     """Each part's measures, and their means over the parts; groups are drawn within their part."""
     count = len(parts)
-    if reason := _not_asked(replicates) or _too_few(parts):
+    if reason := _not_asked(replicates) or too_few(parts):
         alone = [figures(p, measures, replicates, seed + i, level) for i, p in enumerate(parts)]
         values = [sum(float(one[i].value or 0.0) for one in alone) / count for i in range(len(measures))]
         return alone, [Figure(value, _refused(parts, level, reason)) for value in values]
     per_part = [sample(p, measures, replicates, seed + i) for i, p in enumerate(parts)]
     alone = []
     for part, drawn in zip(parts, per_part, strict=True):
-        few = _too_few([part])
+        few = too_few([part])
         alone.append(
             [
                 Figure(one.value, _refused([part], level, few)) if few else _figure(one, m, [part], replicates, level)
@@ -261,7 +261,8 @@ def _not_asked(replicates: int) -> str | None:
     return None if replicates else NOT_ASKED
 
 
-def _too_few(parts: Sequence[Patients]) -> str | None:
+def too_few(parts: Sequence[Patients]) -> str | None:
+    """Why these lesions are too few for an interval; None if they are not."""
     malignant, groups = sum(p.malignant for p in parts), sum(p.malignant_groups for p in parts)
     if malignant < FEWEST_MALIGNANT:
         return f"{malignant} malignant lesions: under {FEWEST_MALIGNANT}, no interval is worth printing"

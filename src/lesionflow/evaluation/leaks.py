@@ -34,20 +34,40 @@ _CHUNK = 1024
 _SHOWN = 5
 
 
-def check_oof(oof: pl.DataFrame, folds: Folds, holdout: pl.DataFrame | None = None) -> dict[str, Any]:
+def check_oof(
+    oof: pl.DataFrame, folds: Folds, holdout: pl.DataFrame | None = None, *, store: Store | None = None
+) -> dict[str, Any]:
     """Refuse out-of-fold predictions (and those of the hold-out) that aren't what this split makes them.
 
     `oof` has the columns isic_id, patient_group, fold and fold_hash, and a row for each lesion of the folds;
     `holdout` the same for the hold-out. Raises `DataError`, naming lesions and patients, for another fold hash,
     repeated, unknown and missing lesions, a lesion scored as of another fold than its own (its score then comes
-    from a model that learned from it), and patients on two sides. Returns what was checked, for metrics.json.
+    from a model that learned from it), and patients on two sides. With
+    the `store` also targets and patients that aren't the data's. Returns what was checked, for metrics.json.
     """
     tables = [_expected(oof, folds, "oof", held_out=False)]
     if holdout is not None:
         tables.append(_expected(holdout, folds, "holdout", held_out=True))
     sides = pl.concat([table.select("patient_group", pl.col("fold").cast(pl.Int64)) for table in tables])
     check_patients(sides["patient_group"].to_list(), sides["fold"].to_numpy())
+    if holdout is None and len(folds.holdout_rows()):
+        raise DataError("holdout: the split has one, and its scores are missing; train every fold again on this split")
+    for name, table in (("oof", oof), ("holdout", holdout)):
+        if store is not None and table is not None:
+            _of_store(table, store, name)
     return {"patients_in_two_folds": 0, "fold_hash_checked": True}
+
+
+def _of_store(table: pl.DataFrame, store: Store, name: str) -> None:
+    """Refuse targets and patients that aren't the data's, and served logits that aren't the folds' mean."""
+    true = pl.DataFrame({"isic_id": store.ids, "truly": store.targets, "of": store.groups})
+    joined = table.join(true, on="isic_id", how="left")
+    remedy = "gather the scores again"
+    _refuse(joined.filter(pl.col("target").cast(pl.Int64) != pl.col("truly")), name, "have another target", remedy)
+    _refuse(joined.filter(pl.col("patient_group") != pl.col("of")), name, "are given to another patient", remedy)
+    if "fold_logits" in table.columns:
+        off = (pl.col("fold_logits").list.mean() - pl.col("logit")).abs() > 1e-6
+        _refuse(joined.filter(off), name, "have a logit that isn't the mean of the folds'", remedy)
 
 
 def check_features(features: pl.DataFrame, folds: Folds, *, model: str = "model_fold") -> None:

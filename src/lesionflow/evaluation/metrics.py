@@ -194,6 +194,25 @@ def fold_rank(scores: ArrayLike, folds: ArrayLike) -> Floats:
     return result
 
 
+def placement(scores: ArrayLike, folds: ArrayLike, y: ArrayLike) -> Floats:
+    """Each score's place among the benign lesions of its fold, 0..1: float64 [n].
+
+    The share of them that score lower, ties counting one half. Unlike `fold_rank` it doesn't depend on how many
+    malignant lesions a fold has, so it compares across folds of any prevalence (Pepe's placement values).
+    """
+    malignant, values = checked(y, scores)
+    fold = np.asarray(folds)
+    result = np.empty_like(values)
+    for one in np.unique(fold):
+        here = fold == one
+        benign = np.sort(values[here & ~malignant])
+        if not len(benign):
+            raise DataError(f"fold {one}: has no benign lesion to place scores among; split again")
+        lower, upper = (np.searchsorted(benign, values[here], side) for side in ("left", "right"))
+        result[here] = (lower + upper) / (2 * len(benign))
+    return result
+
+
 def codes(groups: Groups, length: int) -> Ints:
     """Groups (text or whole numbers) as integers 0..G-1 in their sorted order: int64 [n]."""
     if isinstance(groups, np.ndarray) and groups.dtype.kind in "iu" and len(groups) == length:

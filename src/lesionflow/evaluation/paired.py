@@ -63,10 +63,8 @@ def compare_scores(
     """
     patients = Patients(y, [s_a, s_b], groups)
     points = _estimate(patients, patients.everyone(), measures)
-    fewest = intervals.FEWEST_MALIGNANT
-    if not replicates or patients.malignant < fewest:
-        few = f"{patients.malignant} malignant lesions: under {fewest}, no interval is worth printing"
-        reason = few if replicates else intervals.NOT_ASKED
+    reason = intervals.too_few([patients]) if replicates else intervals.NOT_ASKED
+    if reason:
         return [_pair(point, _refused(patients, level, reason)) for point in points]
     if np.array_equal(_order(s_a), _order(s_b)):
         alike = Interval(0.0, 0.0, level, METHOD_ALIKE, 0, 0, patients.groups, patients.malignant)

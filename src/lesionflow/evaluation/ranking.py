@@ -103,3 +103,8 @@ def by_fold(
 
 def _measures(min_tpr: float) -> list[Measure]:
     return list((MEASURES | {"pauc": partial_area(min_tpr)}).values())
+
+
+def span_of(min_tpr: float) -> dict[str, float]:
+    """What a partial area above `min_tpr` lies between: `maximum`, and `chance` for a random order."""
+    return {"min_tpr": min_tpr, "maximum": round(1 - min_tpr, 12), "chance": round((1 - min_tpr) ** 2 / 2, 12)}

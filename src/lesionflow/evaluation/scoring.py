@@ -20,8 +20,9 @@ from lesionflow.evaluation import metrics, tables
 from lesionflow.evaluation.grouping import describe
 from lesionflow.evaluation.intervals import Figure
 from lesionflow.evaluation.metrics import Floats, Ints
-from lesionflow.evaluation.ranking import MEASURES, mean_of_folds, ranking
-from lesionflow.evaluation.rates import proportion, rate
+from lesionflow.evaluation.ranking import MEASURES, mean_of_folds, ranking, span_of
+from lesionflow.evaluation.rates import rate
+from lesionflow.evaluation.retrieval import retrieval
 
 if TYPE_CHECKING:
     import polars as pl
@@ -64,7 +65,7 @@ def score_files(
     joined = tables.join(answers, lesions, submission, truth, "score exactly the lesions of the truth")
     y, s = joined["target"].to_numpy(), joined["score"].to_numpy()
     fold = _folds(joined, submission)
-    groups = tables.groups(joined["patient_id"])
+    groups = tables.groups(joined["patient_id"], joined["isic_id"])
     options: dict[str, Any] = {"replicates": replicates, "seed": seed, "level": level}
     found = {"pooled": ranking(y, s, groups, min_tpr=min_tpr, **options)}
     if fold is not None:
@@ -72,11 +73,13 @@ def score_files(
         found["mean_of_folds"] = mean_of_folds(y, s, groups, fold, min_tpr=min_tpr, **options)
     known = joined["patient_id"].drop_nulls()
     malignant = int(y.sum())
-    ranges = {"pauc": _range(min_tpr), "pauc_88": _range(0.88), "average_precision": {"chance": malignant / len(y)}}
+    ranges = {"pauc": span_of(min_tpr), "pauc_88": span_of(0.88), "average_precision": {"chance": malignant / len(y)}}
     return {
         "headline": "pooled" if fold is None else "rank_pooled",
         **{name: ranges.get(name, {}) | {way: one[name].to_dict() for way, one in found.items()} for name in MEASURES},
-        "retrieval": _retrieval(y, s, groups, joined["patient_id"].is_not_null().to_numpy(), level, replicates),
+        "retrieval": retrieval(
+            y, s, groups, joined["patient_id"].is_not_null().to_numpy(), replicates=replicates, level=level
+        ),
         **_losses(y, s, groups, options),
         "counts": {
             "lesions": len(y), "malignant": malignant, "benign": len(y) - malignant,
@@ -86,10 +89,6 @@ def score_files(
         "score_column": column,
         "settings": {**options, "min_tpr": min_tpr},
     }  # fmt: skip
-
-
-def _range(min_tpr: float) -> dict[str, float]:
-    return {"min_tpr": min_tpr, "maximum": round(1 - min_tpr, 12), "chance": round((1 - min_tpr) ** 2 / 2, 12)}
 
 
 def _folds(joined: pl.DataFrame, submission: Path) -> Ints | None:
@@ -105,24 +104,6 @@ def _folds(joined: pl.DataFrame, submission: Path) -> Ints | None:
             "give every lesion its fold, or leave the column out"
         )
     return fold.to_numpy() if fold.n_unique() > 1 else None
-
-
-def _retrieval(
-    y: Ints, s: Floats, groups: Ints, known: np.ndarray[Any, np.dtype[np.bool_]], level: float, replicates: int
-) -> dict[str, Any]:
-    """Over the known patients alone: a lesion that is its own group would always be found."""
-    truth, owner = y[known], groups[known]
-    about = {
-        "k": metrics.TOP_K,
-        "patients": len(np.unique(owner[truth == 1])), "malignant": int(truth.sum()), "lesions": len(truth),
-    }  # fmt: skip
-    if not truth.any() or truth.all():
-        reason = (
-            "known patients lack malignant or benign lesions" if len(truth) else "the patient of no lesion is known"
-        )
-        return about | Figure.missing(reason, level=level, malignant=about["malignant"]).to_dict()
-    found = metrics.retrieved(truth, s[known], owner)
-    return about | proportion(found, owner[truth == 1], level=level, replicates=replicates).to_dict()
 
 
 def _losses(y: Ints, s: Floats, groups: Ints, options: dict[str, Any]) -> dict[str, Any]:

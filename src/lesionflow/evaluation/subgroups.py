@@ -61,9 +61,13 @@ class Partition:
 def _text(column: str) -> Callable[[], pl.Expr]:
     def label() -> pl.Expr:
         stripped = pl.col(column).cast(pl.String).str.strip_chars()
-        return pl.when(stripped != "").then(stripped)
+        return pl.when((stripped != "") & (stripped.str.to_lowercase() != UNKNOWN)).then(stripped)
 
     return label
+
+
+def _number(column: str) -> pl.Expr:
+    return pl.col(column).cast(pl.Float64, strict=False)
 
 
 def _bands(value: pl.Expr, limits: Sequence[float], labels: Sequence[str]) -> pl.Expr:
@@ -79,7 +83,7 @@ def typology_angle() -> pl.Expr:
 
     Null where b* isn't positive: that is no colour of skin.
     """
-    lightness, yellow = pl.col("tbp_lv_Lext").cast(pl.Float64), pl.col("tbp_lv_Bext").cast(pl.Float64)
+    lightness, yellow = _number("tbp_lv_Lext"), _number("tbp_lv_Bext")
     return pl.when(yellow > 0).then(((lightness - 50) / yellow).arctan().degrees())
 
 
@@ -91,14 +95,14 @@ PARTITIONS = (
     Partition("sex", "Sex", ("sex",), _text("sex")),
     Partition(
         "age", "Age, years", ("age_approx",),
-        lambda: _bands(pl.col("age_approx").cast(pl.Float64), (40, 60, 75), AGES), AGES,
+        lambda: _bands(_number("age_approx"), (40, 60, 75), AGES), AGES,
     ),
     Partition("site", "Site", ("anatom_site_general",), _text("anatom_site_general"), note=SITE_NOTE),
     Partition("tile", "Tile type", ("tbp_tile_type",), _text("tbp_tile_type")),
     Partition("institution", "Institution", ("attribution",), _text("attribution")),
     Partition(
         "size", "Largest diameter", ("clin_size_long_diam_mm",),
-        lambda: _bands(pl.col("clin_size_long_diam_mm").cast(pl.Float64), (3, 6), SIZES), SIZES, SITE_NOTE,
+        lambda: _bands(_number("clin_size_long_diam_mm"), (3, 6), SIZES), SIZES, SITE_NOTE,
     ),
     Partition(
         "tone", "Skin tone, a proxy", ("tbp_lv_Lext", "tbp_lv_Bext"),

@@ -41,7 +41,8 @@ def scores(path: Path) -> tuple[pl.DataFrame, str]:
             "give every lesion a finite score"
         )
     once(table, path)
-    beside = [name for name in ("target", *BESIDE) if name in table.columns and column == "logit"]
+    own = ("target", *BESIDE) if column == "logit" else ("fold",)
+    beside = [name for name in own if name in table.columns]
     return table.select("isic_id", score.alias("score"), *beside), column
 
 
@@ -80,14 +81,16 @@ def join(answers: pl.DataFrame, lesions: pl.DataFrame, path: Path, other: Path, 
     raise DataError(f"{path}: {'; '.join(parts)}; {remedy}")
 
 
-def groups(patient: pl.Series) -> Ints:
-    """Whole numbers per lesion: known patients in the order of their ids, then every other lesion on its own."""
+def groups(patient: pl.Series, lesion: pl.Series) -> Ints:
+    """Whole numbers per lesion: known patients in the order of their ids, then all other lesions in that of theirs."""
     import polars as pl
 
     names = patient.drop_nulls().unique().sort()
     known = patient.cast(pl.Enum(names)).to_physical().cast(pl.Int64).fill_null(-1).to_numpy()
     alone = known < 0
-    return np.where(alone, known.max(initial=-1) + np.cumsum(alone), known).astype(np.int64)
+    result = known.astype(np.int64)
+    result[alone] = known.max(initial=-1) + lesion.filter(pl.Series(alone)).rank("ordinal").cast(pl.Int64).to_numpy()
+    return result
 
 
 def once(table: pl.DataFrame, path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lesionflow.reporting import charts, charts_clinical
-from lesionflow.reporting.wording import LABELS, Notes, cell, number, plain
+from lesionflow.reporting.wording import LABELS, Notes, cell, plain
 
 View = dict[str, Any]
 NO_PART = "not in these metrics"
@@ -79,13 +79,11 @@ def _bands(kept: Mapping[str, Mapping[str, Any]]) -> View:
     notes, rows = Notes(), []
     for name in [n for n in charts_clinical.BAND_ORDER if n in kept]:
         one = kept[name]
-        weighted = one.get("share_at_prevalence")
-        mark = notes.mark("no interval of its own: the share beside it, weighted to the stated prevalence")
         rows.append({
             "label": name, "meaning": BAND_MEANING.get(name, ""),
             "malignant": f"{one['malignant']:,}", "lesions": f"{one['lesions']:,}",
             "share": cell(one.get("share"), "percent", notes),
-            "weighted": None if weighted is None else {"value": number(weighted, "percent"), "span": "", "mark": mark},
+            "weighted": cell(one.get("share_at_prevalence"), "percent", notes),
         })  # fmt: skip
     return {"rows": rows, "notes": notes.lines()}
 

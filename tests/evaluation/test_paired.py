@@ -154,3 +154,13 @@ def test_intervals_hold_the_true_difference_where_percentile_intervals_do_not(po
         theirs.append(low <= truth <= high)
     assert np.mean(ours) >= 0.92
     assert np.mean(theirs) < np.mean(ours) - 0.03
+
+
+def test_malignant_lesions_of_few_patients_get_no_interval():
+    rng = np.random.default_rng(0)
+    y = np.repeat([1, 0], [40, 800])
+    patient = np.where(y == 1, 0, np.arange(len(y)) % 200)
+    a, b = (rng.normal(size=len(y)) + 2 * y for _ in range(2))
+    found = paired_difference(y, a, b, patient, replicates=200)
+    assert found["low"] is None and found["p_better"] is None
+    assert "1 patients" in found["reason"]

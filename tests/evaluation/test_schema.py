@@ -137,3 +137,44 @@ def numbers(node: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
 def described(place: tuple[str, ...]) -> bool:
     curve = "decision_curve" in place  # Its band is three lists beside each other.
     return curve or bool(set(place) & DESCRIBING)
+
+
+def test_a_split_by_institution_is_not_ranked_within_folds_of_different_prevalence() -> None:
+    """A perfect model of folds with 1 in 3 and 1 in 30 malignant: ranks within folds would give less than 0.2."""
+    parts = []
+    for fold, (malignant, benign) in enumerate([(60, 120), (60, 1800)]):
+        y = np.repeat([1, 0], [malignant, benign]).astype(np.int8)
+        ids = [f"ISIC_{fold}_{i}" for i in range(len(y))]
+        parts.append(pl.DataFrame({
+            "isic_id": ids, "patient_group": ids, "target": y, "fold": np.full(len(y), fold, np.int8),
+            "logit": y * 5.0 + np.arange(len(y)) / len(y), "fold_hash": "abc",
+        }))  # fmt: skip
+    oof = pl.concat(parts)
+    patient = evaluate(oof, None, OPTIONS)
+    clinic = evaluate(oof, None, OPTIONS, split={"kind": "institution", "names": ["A", "B"], "holdout": 0})
+    jsonschema.validate(clinic, SCHEMA)
+    assert patient["pauc"]["rank_pooled"]["value"] < 0.19
+    assert patient["headline"] == "rank_pooled"
+    assert clinic["headline"] == "mean_of_folds"
+    assert clinic["pauc"]["mean_of_folds"]["value"] == pytest.approx(0.2)
+    assert clinic["operating"][0]["specificity"]["value"] == 1.0, "places among the benign, whatever their number"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.with_columns(fold=pl.lit(0, pl.Int8)), "fold is -1"),
+        (lambda t: t.with_columns(fold_hash=pl.lit("other")), "another split"),
+    ],
+)
+def test_a_hold_out_of_something_else_is_refused(change: Any, message: str) -> None:
+    oof, holdout = tables()
+    with pytest.raises(DataError, match=message):
+        evaluate(oof, change(holdout), OPTIONS)
+
+
+def test_where_no_lesion_can_be_missed_retrieval_is_no_figure() -> None:
+    oof, holdout = tables(lesions=600, malignant=200, patients=160)
+    found = evaluate(oof, holdout, OPTIONS)["retrieval"]
+    assert found["value"] is None
+    assert "none can be missed" in found["interval"]["reason"]

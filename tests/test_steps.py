@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from lesionflow import keys, steps
@@ -74,11 +75,55 @@ def test_a_refused_gate_stops_export_and_deployment(copy: Path, synthetic: Path,
 
 def test_an_incumbent_is_compared_on_the_same_lesions(finished: Path, copy: Path) -> None:
     incumbent = finished / "bundle"
-    keyed = steps.planned(copy, incumbent=incumbent)
+    keyed = steps.plan_gate(copy, incumbent)
     checks = steps.gate(copy, keyed["gate"], incumbent=incumbent)["checks"]
     assert any("incumbent" in check["text"] or "incumbent" in check["name"] for check in checks)
-    with pytest.raises(DataError, match="nowhere"):
-        steps.planned(copy, incumbent=copy / "nowhere")
+    with pytest.raises(UsageError, match="another incumbent"):
+        steps.gate(copy, keyed["gate"])
+    again = steps.plan_gate(copy, None)
+    assert again["gate"] != keyed["gate"] and again["evaluate"] == keyed["evaluate"]
+    with pytest.raises(UsageError, match="nowhere"):
+        steps.plan_gate(copy, copy / "nowhere" / "bundle")
+    with pytest.raises(UsageError, match="own bundle"):
+        steps.plan_gate(copy, copy / "bundle")
+
+
+def test_the_incumbent_s_scores_are_part_of_the_question(finished: Path, copy: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(finished, tmp_path / "other"))
+    first = steps.plan_gate(copy, other / "bundle")["gate"]
+    table = pl.read_parquet(other / "oof.parquet")
+    table.with_columns(logit=pl.col("target") * 9.0).write_parquet(other / "oof.parquet")
+    assert steps.plan_gate(copy, other / "bundle")["gate"] != first
+
+
+def test_the_report_is_of_this_very_recipe(copy: Path, synthetic: Path, tiny_recipe: Recipe) -> None:
+    from lesionflow import present
+
+    assert present.report(copy).exists()
+    assert "data:image" not in (copy / "report.html").read_text()
+    assert "data:image/jpeg" in present.report(copy, copy / "full.html", include_images=True).read_text()
+    steps.begin(copy, changed(tiny_recipe, seed=7), synthetic)
+    with pytest.raises(DataError, match="evaluate isn't done"):
+        present.report(copy)
+
+
+def test_a_hold_out_s_lost_scores_are_made_again(copy: Path, synthetic: Path, tiny_recipe: Recipe) -> None:
+    (copy / "fold-1" / "holdout.parquet").unlink()
+    told: list[str] = []
+    steps.run_all(tiny_recipe, synthetic, copy, tell=told.append)
+    assert told[2] == "train"
+    assert (copy / "fold-1" / "holdout.parquet").exists()
+
+
+def test_without_a_hold_out_nothing_of_it_is_left(copy: Path, synthetic: Path, tiny_recipe: Recipe) -> None:
+    from lesionflow.bundle import Bundle
+
+    assert (copy / "holdout.parquet").exists() and (copy / "inputs.json").exists()
+    steps.run_all(changed(tiny_recipe, folds={"holdout": 0.0}), synthetic, copy)
+    assert not (copy / "holdout.parquet").exists() and not (copy / "inputs.json").exists()
+    info = Bundle.open(copy / "bundle").info
+    assert info["thresholds"] == {} and info["calibration"]["fitted_on"] == "out-of-fold"
+    assert "reason" in keys.read_json(copy / "metrics.json")["served"]
 
 
 def test_a_swapped_folds_file_is_refused(copy: Path) -> None:

@@ -158,7 +158,7 @@ def gate(
     """
     from lesionflow import steps
 
-    planned = steps.planned(run, incumbent=incumbent)
+    planned = steps.plan_gate(run, incumbent)
     for check in steps.gate(run, planned["gate"], incumbent=incumbent)["checks"]:
         typer.echo(f"{'pass' if check['passed'] else 'FAIL'}  {check['text']}")
 
@@ -224,7 +224,7 @@ def score(
         Path | None, typer.Argument(help="CSV with isic_id and target; a run's own tables hold the truth.")
     ] = None,
     min_tpr: Annotated[float, typer.Option(help="Least true positive rate of the partial area.")] = 0.8,
-    replicates: Annotated[int, typer.Option(help="Bootstrap replicates for the interval; 0: none.")] = 2000,
+    replicates: Annotated[int, typer.Option(min=0, help="Bootstrap replicates for the interval; 0: none.")] = 2000,
     as_json: JsonOption = False,
 ) -> None:
     """Score a submission: the competition's pAUC above 80 % TPR and its neighbours, with patient-clustered intervals.
@@ -286,7 +286,7 @@ def report(
     """
     from lesionflow import present
 
-    if include_images and out is None:
+    if include_images and (out is None or out.resolve() == (run / "report.html").resolve()):
         raise UsageError("--include-images: say where with --out FILE; RUN/report.html never holds pictures")
     typer.echo(str(present.report(run, out, include_images=include_images)))
 
@@ -408,6 +408,8 @@ def ask(
 
     if (deployed := Path(url) / "deploy.json").exists():
         url = json.loads(deployed.read_text())["url"]
+    elif Path(url).is_dir():
+        raise UsageError(f"{url}: not deployed; `lesionflow deploy {url}` serves it, or give a URL")
     answers = ask_service(url, images)
     print_json(answers) if as_json else print_answers(answers, top)
 

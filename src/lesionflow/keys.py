@@ -139,6 +139,8 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         raise DataError(f"{path}: missing; run the step that writes it first") from None
+    except (json.JSONDecodeError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not a JSON object ({error}); run the step that writes it again") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,8 @@ def pack(run: Path) -> None:
         Members([load_network(path, recipe) for path in paths]) for paths in fold_weights(run, recipe, folds.count)
     ]
     spec = preprocess_spec(recipe)
-    served, thresholds = _decisive(run, store), _thresholds(metrics["served"], recipe.gate.parity)
+    thresholds = _thresholds(metrics["served"])
+    served = _decisive(run, store, [one["logit"] for one in thresholds.values()])
     drawn = np.random.default_rng(0).choice(len(store), min(PARITY_LESIONS, len(store)), replace=False)
     rows = [*served, *(row for row in drawn.tolist() if row not in served)]
     info = {
@@ -42,7 +44,7 @@ def pack(run: Path) -> None:
         "metrics": metrics,
         "calibration": metrics["probability"],
         "thresholds": thresholds,
-        "inputs": keys.read_json(run / "inputs.json") if folds.holdout else {},
+        "inputs": keys.read_json(run / "inputs.json") if folds.holdout else _unknown(spec.size),
         "recipe": recipe.to_dict(),
         "data_hash": store.hash,
         "fold_hash": folds.hash,
@@ -63,26 +65,34 @@ def pack(run: Path) -> None:
     )
 
 
-def _thresholds(served: dict[str, Any], tolerance: float) -> dict[str, Any]:
-    """The bands that could be vouched for, lowered by what the exported graph may differ: none is lost to rounding."""
+def _thresholds(served: dict[str, Any]) -> dict[str, Any]:
+    """The bands that could be vouched for."""
     bands = served.get("thresholds", {})
-    return {
-        name: one | {"logit": one["logit"] - tolerance}
-        for name, one in bands.items()
-        if one["reached"] and bands["refer"]["reached"]
-    }
+    return {name: one for name, one in bands.items() if one["reached"] and bands["refer"]["reached"]}
 
 
-def _decisive(run: Path, store: Store) -> dict[int, float]:
-    """Store row -> served logit of the hold-out's malignant lesions: on these the thresholds and their bounds rest."""
+def _unknown(size: int) -> dict[str, Any]:
+    """What `serving.inputs` knows of pictures without a hold-out: flat ones alone are refused."""
+    import numpy as np
+
+    from lesionflow.serving.inputs import reference, statistics
+
+    return reference(statistics(np.zeros((0, size, size, 3), np.uint8)))
+
+
+def _decisive(run: Path, store: Store, thresholds: Sequence[float]) -> dict[int, float]:
+    """Store row -> served logit of the hold-out's malignant lesions, those nearest to a threshold first.
+
+    On these the thresholds and their bounds rest.
+    """
     import polars as pl
 
     if not (run / "holdout.parquet").exists():
         return {}
     place = {name: row for row, name in enumerate(store.ids)}
-    table = (
-        pl.read_parquet(run / "holdout.parquet").filter(pl.col("target") == 1).sort("isic_id").head(DECISIVE_LESIONS)
-    )
+    table = pl.read_parquet(run / "holdout.parquet").filter(pl.col("target") == 1)
+    gaps = [(pl.col("logit") - one).abs() for one in thresholds] or [pl.col("logit")]
+    table = table.sort(pl.min_horizontal(gaps), "isic_id").head(DECISIVE_LESIONS)
     return {place[name]: logit for name, logit in table.select("isic_id", "logit").iter_rows()}
 
 

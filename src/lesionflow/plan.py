@@ -36,7 +36,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "train": ("data/images.py", "data/sampler.py", "data/augment.py", "data/datamodule.py", "models", "training"),
     "stack": ("data/images.py", "serving/inputs.py", "gather.py"),
     "evaluate": ("evaluation", "data/duplicates.py", "steps.py"),
-    "gate": ("evaluation", "reporting", "present.py", "steps.py"),
+    "gate": ("evaluation", "reporting", "pack.py", "present.py", "steps.py"),
     "export": ("export", "bundle.py", "serving", "data", "reporting", "pack.py", "present.py"),
 }
 _SECTIONS: dict[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "train": ("seed", "image", "sampling", "augment", "model", "optimizer", "training"),
     "stack": (),
     "evaluate": ("evaluation",),
-    "gate": ("gate",),
+    "gate": ("gate", "name", "description"),
     "export": ("name", "description"),
 }
 
@@ -81,10 +81,20 @@ def fingerprint(data: Path) -> str:
     )
 
 
-def _bundle_hash(bundle: Path) -> str:
+def incumbent_hash(run: Path, incumbent: Path | None) -> str:
+    """Hash of the bundle that a run is compared with and of the scores beside it; "" for none.
+
+    Raises `UsageError` for the run's own bundle, which training again would overwrite, and where no scores are.
+    """
     from lesionflow.bundle import MANIFEST, Bundle
 
-    return keys.file_hash(Bundle.open(bundle).path / MANIFEST)
+    if incumbent is None:
+        return ""
+    if incumbent.resolve().parent == run.resolve():
+        raise UsageError(f"--incumbent {incumbent}: this run's own bundle; compare with another run's")
+    if not (scores := incumbent.parent / "oof.parquet").exists():
+        raise UsageError(f"--incumbent {incumbent}: no oof.parquet beside the bundle to compare with; give RUN/bundle")
+    return keys.digest([keys.file_hash(Bundle.open(incumbent).path / MANIFEST), keys.file_hash(scores)])
 
 
 @contextlib.contextmanager
@@ -121,7 +131,8 @@ def begin(run: Path, recipe: Recipe, data: Path, *, incumbent: Path | None = Non
         )
     run.mkdir(parents=True, exist_ok=True)
     found = fingerprint(data)
-    keyed = plan_keys(recipe, found, _bundle_hash(incumbent) if incumbent else "")
+    compared = incumbent_hash(run, incumbent)
+    keyed = plan_keys(recipe, found, compared)
     keys.write_text(run / "recipe.toml", recipe.to_toml())
     keys.write_json(
         run / "run.json",
@@ -130,6 +141,7 @@ def begin(run: Path, recipe: Recipe, data: Path, *, incumbent: Path | None = Non
             "data": str(data.resolve()),
             "lesionflow": __version__,
             "fingerprint": found,
+            "incumbent": compared,
             "versions": _versions(),
             "keys": keyed,
         },
@@ -137,13 +149,18 @@ def begin(run: Path, recipe: Recipe, data: Path, *, incumbent: Path | None = Non
     return keyed
 
 
-def planned(run: Path, *, incumbent: Path | None = None) -> dict[str, str]:
-    """The keys of a run that was begun, as `begin` wrote them (the gate's may follow another incumbent)."""
-    if incumbent is None:
+def planned(run: Path) -> dict[str, str]:
+    """The keys of a run that was begun, as `begin` wrote them."""
+    return keys.planned_keys(run)
+
+
+def plan_gate(run: Path, incumbent: Path | None) -> dict[str, str]:
+    """The run's keys for a gate that compares with `incumbent`, or with none, whatever was planned before."""
+    begun, compared = keys.read_json(run / "run.json"), incumbent_hash(run, incumbent)
+    if compared == begun.get("incumbent", ""):
         return keys.planned_keys(run)
-    begun = keys.read_json(run / "run.json")
-    keyed = plan_keys(recipe_of(run), begun["fingerprint"], _bundle_hash(incumbent))
-    keys.write_json(run / "run.json", {**begun, "keys": keyed})
+    keyed = plan_keys(recipe_of(run), begun["fingerprint"], compared)
+    keys.write_json(run / "run.json", {**begun, "incumbent": compared, "keys": keyed})
     return keyed
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lesionflow import keys
-from lesionflow.errors import DataError, UsageError
+from lesionflow.errors import DataError
 from lesionflow.pack import licences
 from lesionflow.plan import data_of, recipe_of
 
@@ -31,6 +31,9 @@ def report(run: Path, out: Path | None = None, *, include_images: bool = False) 
     from lesionflow.reporting.report import write_report
 
     out = out or run / "report.html"
+    keys.require(run, "evaluate")
+    if include_images:
+        keys.require(run, "export")
     metrics, context = keys.read_json(run / "metrics.json"), _context(run)
     holdout = pl.read_parquet(run / "holdout.parquet") if (run / "holdout.parquet").exists() else None
     gallery = _gallery(run) if include_images else None
@@ -90,8 +93,8 @@ def paired(run: Path, incumbent: Path) -> dict[str, Any]:
     from lesionflow.evaluation.paired import paired_difference
 
     other = incumbent.parent / "oof.parquet"
-    if not other.exists():
-        raise UsageError(f"--incumbent {incumbent}: no oof.parquet beside the bundle to compare with; give RUN/bundle")
+    if (incumbent.parent / "run.json").exists():
+        keys.require(incumbent.parent, "export")  # Else its scores may be of a later training than its bundle.
     both = pl.read_parquet(run / "oof.parquet").join(pl.read_parquet(other), on="isic_id", suffix="_b")
     if len(both) == 0:
         raise DataError(f"{other}: shares no lesion with this run, so there is nothing to compare")
@@ -127,7 +130,7 @@ def _context(run: Path) -> dict[str, Any]:
     import polars as pl
 
     recipe, (store, folds) = recipe_of(run), data_of(run)
-    curves = (run / "metrics.csv").read_text()
+    curves = (run / "metrics.csv").read_text() if (run / "metrics.csv").exists() else ""
     return {
         "recipe": recipe.to_dict(),
         "recipe_toml": recipe.to_toml(),

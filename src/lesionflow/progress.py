@@ -13,9 +13,13 @@ if TYPE_CHECKING:
 
     from lesionflow.training.status import Progress as Training
 
+from lesionflow import keys
 from lesionflow.errors import DataError
 
 T = TypeVar("T")
+
+SCHEMA = 2
+"""Of metrics.json, as `evaluation.evaluate` writes it."""
 
 
 def track(items: Iterable[T], what: str, *, total: int | None = None, show: bool = True) -> Iterator[T]:
@@ -109,7 +113,11 @@ def print_summary(run: Path) -> None:
 
     if not (run / "metrics.json").exists():
         raise DataError(f"{run}: no metrics.json; not a run, or not evaluated yet")
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = keys.read_json(run / "metrics.json")
+    if metrics.get("schema") != SCHEMA:
+        raise DataError(f"{run}: metrics.json of another version; `lesionflow evaluate {run}` writes it again")
+    exported = keys.read_record(run, "export")
+    current = exported is not None and exported["key"] == keys.planned_keys(run)["export"]
     table = Table(title=f"lesionflow: {run}", show_header=False, title_justify="left")
     counts, pauc = metrics["counts"], metrics["pauc"]
     headline = pauc[metrics["headline"]]
@@ -134,9 +142,11 @@ def print_summary(run: Path) -> None:
         ("bundle", "bundle"),
         ("events", "TensorBoard: tensorboard --logdir"),
     ):
-        if (run / name).exists():
+        if (run / name).exists() and (current or name not in ("bundle", "gallery.html")):
             table.add_row(what, str(run / name))
-    if (run / "smoke.json").exists():
+    if (run / "gate.json").exists() and not (gate := keys.read_json(run / "gate.json"))["passed"]:
+        table.add_row("gate", "refused: " + "; ".join(gate["reasons"]))
+    if current and (run / "smoke.json").exists():
         smoke = json.loads((run / "smoke.json").read_text())
         table.add_row("service", f"answered on {smoke['lesions']} reference lesions, off by {smoke['max_abs']:.1e}")
     console = Console()
@@ -154,14 +164,16 @@ def with_interval(value: float, interval: dict[str, Any] | None) -> str:
 
 
 def print_answers(answers: list[dict[str, Any]], top: int) -> None:
-    """The service's `top` most suspicious answers."""
+    """The service's `top` most suspicious answers, after those that a person has to look at in any case."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("image", "probability", "band")
-    for answer in sorted(answers, key=lambda a: -a["probability"])[:top]:
+    unclear = [a for a in answers if a.get("band") == "cannot judge"]
+    ranked = sorted((a for a in answers if a not in unclear), key=lambda a: -a["probability"])
+    for answer in (*unclear, *ranked[:top]):
         table.add_row(str(answer["image"]), f"{answer['probability']:.4f}", answer.get("band") or "-")
     Console().print(table)
-    if len(answers) > top:
-        Console().print(f"and {len(answers) - top} less suspicious ones (--top N, --json for all)")
+    if len(ranked) > top:
+        Console().print(f"and {len(ranked) - top} less suspicious ones (--top N, --json for all)")
     Console().print("Not a medical device.")

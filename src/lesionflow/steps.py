@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 from lesionflow import keys
 from lesionflow.errors import DataError, GateRefused, UsageError
-from lesionflow.plan import STEPS, begin, data_of, planned, recipe_of, step
+from lesionflow.plan import STEPS, begin, data_of, incumbent_hash, plan_gate, planned, recipe_of, step
 from lesionflow.recipe import Recipe
 
 if TYPE_CHECKING:
     from lesionflow.training.status import Progress
 
 __all__ = [
-    "STEPS", "begin", "copy_bundle", "deploy", "evaluate", "export", "gate", "planned", "prepare", "run_all",
-    "smoke", "split", "stack", "train", "undeploy",
+    "STEPS", "begin", "copy_bundle", "deploy", "evaluate", "export", "gate", "plan_gate", "planned", "prepare",
+    "run_all", "smoke", "split", "stack", "train", "undeploy",
 ]  # fmt: skip
 
 
@@ -138,13 +138,17 @@ def gate(run: Path, key: str, *, incumbent: Path | None = None) -> dict[str, Any
     from lesionflow import present
     from lesionflow.evaluation import gate as gates
 
+    if incumbent_hash(run, incumbent) != keys.read_json(run / "run.json").get("incumbent", ""):
+        raise UsageError(
+            f"{run}: the gate was planned with another incumbent, or with none; plan it again with this one"
+        )
     recipe = recipe_of(run)
     with step(run, "gate", key, lambda: ["gate.json", "MODEL_CARD.md"]) as needed:
         if needed:
             paired = present.paired(run, incumbent) if incumbent else None
             result = gates.check(keys.read_json(run / "metrics.json"), recipe.gate, paired=paired)
             keys.write_json(run / "gate.json", result)
-            for stale in ("explain.json", "gallery.html"):  # Another model's.
+            for stale in ("explain.json", "gallery.html", "smoke.json"):  # Another model's.
                 (run / stale).unlink(missing_ok=True)
             present.card(run)
             present.report(run)
@@ -294,13 +298,15 @@ def _evaluate(run: Path, progress: bool) -> None:
 
     from lesionflow.evaluation import leaks
     from lesionflow.evaluation.evaluate import evaluate as figures
+    from lesionflow.serving.predictor import SMOKE_TOLERANCE
 
     recipe, (store, folds) = recipe_of(run), data_of(run)
     oof = pl.read_parquet(run / "oof.parquet")
     holdout = pl.read_parquet(run / "holdout.parquet") if folds.holdout else None
     found = leaks.check_oof(oof, folds, holdout, store=store) | leaks.duplicates(store, folds, progress=progress)
     split = {"kind": folds.kind, "names": folds.names, "holdout": len(folds.holdout_rows())}
-    metrics = figures(oof, holdout, recipe.evaluation, split=split, leaks=found)
+    margin = max(recipe.gate.parity, SMOKE_TOLERANCE)
+    metrics = figures(oof, holdout, recipe.evaluation, split=split, leaks=found, margin=margin)
     count, members = folds.count, recipe.model.per_fold
     paths = [run / f"fold-{k}/model-{m}/metrics.csv" for k in range(count) for m in range(members)]
     curves = [pl.read_csv(path, infer_schema_length=None) for path in paths if path.exists()]
@@ -315,4 +321,4 @@ def _evaluate(run: Path, progress: bool) -> None:
 
 def _fold_files(run: Path) -> list[str]:
     models = [f"model-{number}/weights.safetensors" for number in range(recipe_of(run).model.per_fold)]
-    return ["oof.parquet", *models]
+    return ["oof.parquet", "holdout.parquet", *models]

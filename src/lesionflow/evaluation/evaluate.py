@@ -36,12 +36,12 @@ from lesionflow.evaluation.retrieval import retrieval
 from lesionflow.evaluation.subgroups import subgroups
 from lesionflow.evaluation.thresholds import band_of, choose_bands, choose_threshold
 from lesionflow.evaluation.workload import operating
+from lesionflow.progress import SCHEMA
 from lesionflow.recipe import Evaluation
 
 if TYPE_CHECKING:
     import polars as pl
 
-SCHEMA = 2
 COLUMNS = ("isic_id", "patient_group", "target", "fold", "logit", "fold_hash")
 CANNOT_JUDGE = "cannot judge"
 NO_HOLDOUT = "no patients were set aside (folds.holdout = 0), so nothing that is served was tried on unseen patients"
@@ -54,11 +54,13 @@ def evaluate(
     *,
     split: Mapping[str, Any] | None = None,
     leaks: Mapping[str, Any] | None = None,
+    margin: float = 0.0,
     level: float = 0.95,
 ) -> dict[str, Any]:
     """The content of metrics.json for an out-of-fold table and the hold-out's, with `COLUMNS` and what is known
     of the lesions (sex, age_approx, attribution, ...); the hold-out's fold is -1, its `doubts` say why a picture
-    can't be judged. `split` is {kind, names, holdout}, `leaks` what was looked for. JSON-able, without NaN.
+    can't be judged. `split` is {kind, names, holdout}, `leaks` what was looked for. Served thresholds are lowered by
+    `margin` logits, as much as the exported graph may differ, so that rounding loses no lesion. JSON-able, no NaN.
 
     Raises `DataError` naming the column and the first ids.
     """
@@ -96,7 +98,7 @@ def evaluate(
             "thresholds": {
                 "refer": _with_specificity(lesions, refer.to_dict(), s >= refer.value) | {"scale": "pooled logit"}
             },
-            **_served(lesions, holdout, options, level),
+            **_served(lesions, holdout, options, margin, level),
             "subgroup_threshold": {"sensitivity": options.sensitivity, "score": threshold},
             "subgroups": cells.result(),
             "leaks": dict(leaks) if leaks else {"reason": "not looked for"},
@@ -161,7 +163,9 @@ def _fold(lesions: _Lesions, fold: int, names: list[str] | None, figure: Figure)
     } | figure.to_dict()  # fmt: skip
 
 
-def _served(oof: _Lesions, holdout: pl.DataFrame | None, options: Evaluation, level: float) -> dict[str, Any]:
+def _served(
+    oof: _Lesions, holdout: pl.DataFrame | None, options: Evaluation, margin: float, level: float
+) -> dict[str, Any]:
     """`probability`, how a served logit becomes one, and `served`, what is known of the combination that is served."""
     if holdout is None:
         fitted = calibration.fit(oof.s, oof.y, prevalence=options.prevalence)
@@ -178,6 +182,7 @@ def _served(oof: _Lesions, holdout: pl.DataFrame | None, options: Evaluation, le
         sensitivity=options.sensitivity, low_sensitivity=options.low_sensitivity,
         prevalence=options.prevalence, level=level, judged=~doubtful,
     )  # fmt: skip
+    bands = {name: one | {"logit": one["logit"] - margin} for name, one in bands.items()}
     bands = {name: _with_specificity(here, one, ~doubtful & (s >= one["logit"])) for name, one in bands.items()}
     weighted = {"prevalence": options.prevalence, **here.resampling}
     return {

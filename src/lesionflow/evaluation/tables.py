@@ -50,11 +50,14 @@ def truth(path: Path) -> pl.DataFrame:
     """isic_id, target int8 and patient_id (null where unknown) of a metadata table."""
     import polars as pl
 
-    table = read(path, ("isic_id", "target", "patient_id"))
+    table = read(path, ("isic_id", "target", "patient_id", "patient_group"))
     if "target" not in table.columns:
         raise DataError(f"{path}: no column 'target'; the truth is train-metadata.csv or a table isic_id,target")
     once(table, path)
     patient = table["patient_id"] if "patient_id" in table.columns else pl.Series([None] * len(table), dtype=pl.String)
+    if "patient_group" in table.columns:  # A run's own table: the patient, or the lesion's own id.
+        group = table["patient_group"].cast(pl.String)
+        patient = group.zip_with(group != table["isic_id"], pl.Series([None], dtype=pl.String))
     patient = patient.cast(pl.String).replace({"": None, "NA": None})
     return pl.DataFrame({"isic_id": table["isic_id"], "target": targets(table, path), "patient_id": patient})
 

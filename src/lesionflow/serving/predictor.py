@@ -51,7 +51,7 @@ class Answer:
     fold_logits: tuple[float, ...]
     """One per model."""
     band: str | None
-    """`refer`, `routine`, `low` or `cannot judge`; None if the bundle has no thresholds."""
+    """`refer`, `routine`, `low` or `cannot judge`; None for a picture that can be judged if there are no thresholds."""
     doubts: tuple[str, ...] = ()
     """Why the picture can't be judged, in words; empty if it can."""
 
@@ -90,7 +90,7 @@ class Predictor:
                 one,
                 self.probability(one),
                 tuple(row),
-                CANNOT_JUDGE if doubt and thresholds else band(one, thresholds),
+                CANNOT_JUDGE if doubt else band(one, thresholds),
                 tuple(doubt),
             )
             for row, one, doubt in zip(fold_logits.tolist(), logit.tolist(), doubts, strict=True)

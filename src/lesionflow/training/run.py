@@ -111,7 +111,7 @@ def _train_fold(fold: _Fold) -> None:
     """All models of one fold, then the mean of their logits on its held-out lesions and on the hold-out."""
     members = range(fold.recipe.model.per_fold)
     identity = fold_identity(fold.key, fold.number)
-    if _scored(fold.out / "oof.parquet") == identity:
+    if all(_scored(fold.out / f"{name}.parquet") == identity for name in ("oof", "holdout")):
         return
     spec, tta = preprocess_spec(fold.recipe), fold.recipe.training.tta
     rows = np.concatenate([fold.held_out, fold.folds.holdout_rows()])
@@ -152,6 +152,7 @@ def _train_model(fold: _Fold, model: int) -> Path:
     barrier()  # Every rank has looked before rank 0 removes or writes anything.
     if state is None and rank() == 0:
         shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(fold.run / "events" / f"fold-{fold.number}-model-{model}", ignore_errors=True)
     spec, options = preprocess_spec(recipe), recipe.training
     rows = fold.folds.train_rows(fold.number)
     sampler = Sampler(

@@ -63,15 +63,25 @@ def test_each_patient_s_k_highest_are_reviewed_benign_first_among_equals(rounded
 
 def test_benign_lesions_count_for_those_that_were_thinned():
     y, s, g = cohort(2, malignant=100, benign=1000)
-    repeated = np.r_[np.arange(100), np.repeat(np.arange(100, 1100), 20)]
+    repeated = np.r_[np.arange(100), np.repeat(np.arange(100, 1100), 3)]
     whole = workload.operating(y[repeated], s[repeated], g[repeated], known(repeated), prevalence=0)
-    thinned = workload.operating(y, s, g, known(y), prevalence=100 / 20_100)
+    thinned = workload.operating(y, s, g, known(y), prevalence=100 / 3100)
     for one, other in zip(thinned, whole, strict=True):
         for name in ("specificity", "reviewed_per_cancer", "flagged_per_patient"):
             assert one[name]["value"] == pytest.approx(other[name]["value"]), name
         assert one["within_patient"]["k"] == other["within_patient"]["k"]
         within = [x["within_patient"]["reviewed_per_cancer"]["value"] for x in (one, other)]
         assert within[0] == pytest.approx(within[1])
+
+
+def test_where_one_benign_lesion_stands_for_many_no_patient_s_list_is_known():
+    y, s, g = cohort(2, malignant=100, benign=1000)
+    for one in workload.operating(y, s, g, known(y), prevalence=100 / (100 + 1000 * 2098)):
+        for figure in (one["flagged_per_patient"], one["within_patient"]["reviewed_per_cancer"]):
+            assert figure["value"] is None
+            assert "stands for 2,098 lesions" in figure["interval"]["reason"]
+        assert one["within_patient"]["k"] is None
+        assert one["reviewed_per_cancer"]["value"] > 1
 
 
 def test_only_known_patients_are_counted_per_patient():
@@ -94,7 +104,7 @@ def test_only_known_patients_are_counted_per_patient():
 
 def test_no_interval_where_the_threshold_may_lie_below_every_malignant_score():
     y, s, g = cohort(4, malignant=30, benign=3000, patients=3030)
-    at80, at90, at95 = workload.operating(y, s, g, known(y), prevalence=0.001)
+    at80, at90, at95 = workload.operating(y, s, g, known(y), prevalence=0)
     assert at80["reviewed_per_cancer"]["interval"]["low"] is not None
     for one, needed in ((at90, 36), (at95, 72)):
         for name in ("specificity", "reviewed_per_cancer", "flagged_per_patient"):

@@ -6,7 +6,9 @@ stated prevalence says (see `prevalence`), so that thinned data doesn't flatter:
     reviewed per cancer = 1 + (1 - prevalence) / prevalence * (1 - specificity) / sensitivity
 
 A reader may rather take each patient's k most suspicious lesions. `within_patient` is the smallest k that finds the
-share; tied benign lesions come first, and a thinned benign lesion takes as many places as it stands for.
+share; tied benign lesions come first, and a thinned benign lesion takes as many places as it stands for. That stands
+in for a list that is nearly known; where one benign lesion stands for more than `MOST_STOOD_FOR`, because benign
+lesions were thinned or patients with cancer sought out, there are no figures per patient, only the reason.
 
 Two things are uncertain: where the threshold (or k) lies, a quantile of the malignant lesions alone, and what lies
 above it. The first is settled by inverting a test: the thresholds at which Clopper and Pearson's interval of the
@@ -36,6 +38,12 @@ from lesionflow.evaluation.thresholds import independent_lesions
 SENSITIVITIES = (0.8, 0.9, 0.95)
 METHOD = "patient-clustered, threshold by test inversion, MOVER"
 _ROUNDING = 1e-9
+MOST_STOOD_FOR = 3
+"""Where one benign lesion stands for more lesions than this, no patient's list is known well enough to be counted.
+
+Simulated, 300 patients: `within_patient` covers 95-100 % at 3, for lists of 40 and of 200 lesions. At 10 it is 98-100 %
+for lists of 200, but 62-97 % for lists of 40; at 100 it is 2-97 %, and the figure down to a fourteenth of the truth.
+"""
 
 
 def operating(
@@ -220,6 +228,13 @@ class _Known:
             return
         self.malignant, self.scores = malignant, scores
         benign = ill * (1 - prevalence) / (prevalence * well)
+        if benign > MOST_STOOD_FOR:
+            many = f"{benign:,.0f}" if benign >= 10 else f"{benign:.1f}"
+            self.nothing = (
+                f"at this prevalence one benign lesion stands for {many} lesions (at most {MOST_STOOD_FOR} are "
+                "allowed), so no patient's whole list is known"
+            )
+            return
         self.weight = np.where(malignant, 1.0, benign)
         self.size = np.bincount(self.patient, self.weight, self.count)
         # Benign lesions first among equals.

@@ -137,7 +137,7 @@ def test_parts_without_malignant_lesions_do_not_break_it():
     lumped = np.where(y == 1, 0, np.arange(len(y)) % 3)
     p = calibration.cross_fitted(logit, y, lumped, prevalence=0.01)
     assert np.all(p[lumped == 0] == 0.01)
-    with pytest.raises(DataError, match="one part only"):
+    with pytest.raises(DataError, match=r"folds\.count.*folds\.holdout"):
         calibration.cross_fitted(logit, y, np.zeros(len(y)), prevalence=0.01)
 
 
@@ -195,6 +195,23 @@ def test_intervals_hold_the_truth_and_few_malignant_lesions_get_none():
         assert "19 malignant" in few[name]["interval"]["reason"], name
     unasked = calibration.assess(p, y, patient, prevalence=PREVALENCE, replicates=0)
     assert unasked["brier"]["interval"]["reason"] == "not asked for"
+
+
+def test_intervals_know_that_the_malignant_count_of_the_data_is_chance():
+    rng, names, spans = np.random.default_rng(0), ("intercept", "expected_observed", "brier", "log_loss"), []
+    for _ in range(200):
+        y = (rng.random(2000) < 0.05).astype(int)
+        x = 2 * (rng.normal(size=2000) + 2 * y) - 2 + np.log(0.05 / 0.95)
+        found = calibration.assess(1 / (1 + np.exp(-x)), y, np.arange(2000), prevalence=0, replicates=1)
+        assert found["note"] is None
+        spans.append([[found[n]["value"], found[n]["interval"]["low"], found[n]["interval"]["high"]] for n in names])
+    value, low, high = np.moveaxis(np.array(spans), 2, 0)
+    truth = np.r_[0, 1, value.mean(axis=0)[2:]]
+    held = ((low <= truth) & (truth <= high)).mean(axis=0)
+    assert held.min() >= 0.91, held
+    assert (
+        "assumed, not tested" in calibration.assess(1 / (1 + np.exp(-x)), y, np.arange(2000), prevalence=0.01)["note"]
+    )
 
 
 def test_the_standard_error_is_what_drawing_patients_gives():

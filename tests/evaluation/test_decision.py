@@ -68,6 +68,20 @@ def test_bands_hold_the_truth_point_by_point():
     assert held.min() > 0.88 * 120, held
 
 
+def test_bands_know_that_the_prevalence_of_the_data_is_chance():
+    normal, rng, held, prevalence = NormalDist(), np.random.default_rng(0), np.zeros(9), 0.03
+    shift = np.log(prevalence / (1 - prevalence)) - 2
+    for _ in range(200):
+        y = (rng.random(3000) < prevalence).astype(int)
+        p = 1 / (1 + np.exp(-(2 * (rng.normal(size=3000) + 2 * y) + shift)))
+        curve = decision_curve(p, y, np.arange(3000), prevalence=0, points=9)
+        for i, t in enumerate(curve["probability"]):
+            cut = (np.log(t / (1 - t)) - shift) / 2
+            net = prevalence * (1 - normal.cdf(cut - 2)) - (1 - prevalence) * (1 - normal.cdf(cut)) * t / (1 - t)
+            held[i] += curve["low"][i] <= net <= curve["high"][i]
+    assert held.min() > 0.91 * 200, held
+
+
 def test_shares_of_all_thresholds_at_once_equal_one_at_a_time():
     rng = np.random.default_rng(2)
     owner = np.r_[rng.integers(0, 30, 200), 100 + np.arange(50)]

@@ -4,6 +4,9 @@ The model is trained on balanced batches and often on thinned benign lesions, so
 a probability. `fit` finds the line a * logit + b whose sigmoid is one (Platt 1999, with his smoothed targets),
 then moves b by the difference of the log-odds of the stated and the data's prevalence (Elkan 2001; Saerens and
 others 2002). `cross_fitted` does so on other patients than it is applied to; `assess` measures the result.
+
+The stated prevalence is assumed, not tested; slope, shape and ECE are what is tested. E/O and the intercept compare
+with the very prevalence that was stated, so they can't reveal a wrong one.
 """
 
 from __future__ import annotations
@@ -20,6 +23,11 @@ from lesionflow.evaluation.metrics import Floats, Groups, Ints, checked, codes
 from lesionflow.evaluation.prevalence import linearised, log_odds, pulls, refusal, stated, weights
 from lesionflow.evaluation.reliability import binned
 
+NOTE = (
+    "The stated prevalence is assumed, not tested; slope, shape and ECE are what is tested. Expected / observed and "
+    "the intercept compare with the stated prevalence itself."
+)
+"""Beside figures at a stated prevalence."""
 LEAST_SLOPE = 1e-6
 """Per standard deviation of the logit. Scores that rank the wrong way keep their order and say nothing."""
 _CELLS = 4096
@@ -69,7 +77,10 @@ def cross_fitted(logit: ArrayLike, y: ArrayLike, parts: ArrayLike, *, prevalence
         raise DataError(f"parts: {part.size} values for {scores.size} lesions; they must match row by row")
     distinct = np.unique(part)
     if len(distinct) < 2:
-        raise DataError("parts: one part only; calibration is measured on others than it was fitted on, so give two")
+        raise DataError(
+            "parts: one part only; calibration is measured on other patients than it was fitted on, so ask for more "
+            "folds (folds.count) or for more patients in the hold-out (folds.holdout)"
+        )
     result = np.empty_like(scores)
     for one in distinct:
         here = part == one
@@ -109,7 +120,8 @@ def assess(
 ) -> dict[str, Any]:
     """How right the probabilities p [n] are for targets y [n], lesions weighted to `prevalence` (0: as in the data).
 
-    groups [n]: the patient of each lesion. Raises `DataError` as `metrics.brier` and `metrics.pauc` do.
+    groups [n]: the patient of each lesion. `note`: what a stated prevalence leaves untested, None for that of the
+    data. Raises `DataError` as `metrics.brier` and `metrics.pauc` do.
     """
     malignant, probability = checked(y, p)
     if (odd := np.nonzero((probability < 0) | (probability > 1))[0]).size:
@@ -118,33 +130,36 @@ def assess(
     # Sums of fractions depend on their order, in the last digit; nothing may depend on the order of rows.
     order = np.lexsort((malignant, probability, owner))
     malignant, probability, owner = malignant[order], probability[order], owner[order]
-    weight = weights(malignant, prevalence)
+    weight, drawn = weights(malignant, prevalence), prevalence == 0
     reason = refusal(malignant, owner, replicates)
     common: dict[str, Any] = {"malignant": int(malignant.sum()), "level": level, "reason": reason}
     safe = np.clip(probability, _TINY, 1 - _TINY)
     x, truth = np.log(safe) - np.log1p(-safe), malignant.astype(np.float64)
 
     def mean(score: Floats) -> Figure:
-        return linearised(float(weight @ score), pulls(malignant, weight, score), owner, scale="positive", **common)
+        pull = pulls(malignant, weight, score, drawn=drawn)
+        return linearised(float(weight @ score), pull, owner, scale="positive", **common)
 
-    intercept, intercept_pull = _shift(malignant, weight, x)
+    intercept, intercept_pull = _shift(malignant, weight, x, drawn)
     slope = Figure.missing(
         "all probabilities are equal", level=level, clusters=int(owner.max()) + 1, malignant=common["malignant"]
     )
     if np.ptp(x) > 0:
-        slope = linearised(*_slope(malignant, weight, x), owner, **common)
+        slope = linearised(*_slope(malignant, weight, x, drawn), owner, **common)
     expected = mean(probability).value or 0.0
-    ratio_pull = pulls(malignant, weight, probability) / share
+    # Within a class the truth doesn't vary, so with a stated prevalence only what is expected does.
+    ratio_pull = pulls(malignant, weight, probability - expected / share * truth, drawn=drawn) / share
     return {
         "prevalence": share,
         "data_prevalence": float(malignant.mean()),
         "intercept": linearised(intercept, intercept_pull, owner, **common).to_dict(),
         "slope": slope.to_dict(),
-        **binned(malignant, probability, weight, owner, share, common, replicates, seed),
+        **binned(malignant, probability, weight, owner, share, common, replicates, seed, drawn),
         "brier": mean((probability - truth) ** 2).to_dict(),
         "log_loss": mean(-np.where(malignant, np.log(safe), np.log1p(-safe))).to_dict(),
         "expected_observed": linearised(expected / share, ratio_pull, owner, scale="positive", **common).to_dict(),
         "reason": reason,
+        "note": None if drawn else NOTE,
     }
 
 
@@ -214,7 +229,7 @@ def _newton(x: Floats, target: Floats, weight: Floats, slope: float, intercept: 
     return slope, intercept
 
 
-def _shift(malignant: NDArray[np.bool_], weight: Floats, x: Floats) -> tuple[float, Floats]:
+def _shift(malignant: NDArray[np.bool_], weight: Floats, x: Floats, drawn: bool) -> tuple[float, Floats]:
     """Calibration-in-the-large: what to add to the log-odds x so that the mean is right; and each lesion's pull."""
     observed = float(weight[malignant].sum())
     shift = 0.0
@@ -229,10 +244,10 @@ def _shift(malignant: NDArray[np.bool_], weight: Floats, x: Floats) -> tuple[flo
         if moved < 1e-10:
             break
     p = sigmoid(x + shift)
-    return shift, pulls(malignant, weight, malignant - p) / float(weight @ (p * (1 - p)))
+    return shift, pulls(malignant, weight, malignant - p, drawn=drawn) / float(weight @ (p * (1 - p)))
 
 
-def _slope(malignant: NDArray[np.bool_], weight: Floats, x: Floats) -> tuple[float, Floats]:
+def _slope(malignant: NDArray[np.bool_], weight: Floats, x: Floats, drawn: bool) -> tuple[float, Floats]:
     """Slope of the logistic regression of the truth on the log-odds x, and each lesion's pull on it."""
     centre = float(weight @ x)
     spread = float(np.sqrt(weight @ (x - centre) ** 2)) or 1.0
@@ -243,5 +258,6 @@ def _slope(malignant: NDArray[np.bool_], weight: Floats, x: Floats) -> tuple[flo
     mixed = curvature @ z
     bread = np.linalg.pinv(np.array([[curvature @ (z * z), mixed], [mixed, curvature.sum()]]))
     residual = malignant - p
-    pull = bread[0, 0] * pulls(malignant, weight, residual * z) + bread[0, 1] * pulls(malignant, weight, residual)
+    score = bread[0, 0] * residual * z + bread[0, 1] * residual
+    pull = pulls(malignant, weight, score, drawn=drawn)
     return slope / spread, pull / spread

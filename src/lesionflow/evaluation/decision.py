@@ -6,7 +6,8 @@ Net benefit is in cancers found per lesion, needless excisions taken off at that
     prevalence * sensitivity - (1 - prevalence) * (1 - specificity) * t / (1 - t)
 
 Treating nobody is 0. Bands are pointwise: intervals of the sensitivity and of the false-positive rate (Clopper and
-Pearson's with the sample size that clustering by patient leaves), joined as Zou & Donner (2008, MOVER) do.
+Pearson's with the sample size that clustering by patient leaves), joined as Zou & Donner (2008, MOVER) do. Where the
+prevalence is that of the data, its own interval is joined to them; a stated one is a number without error.
 """
 
 from __future__ import annotations
@@ -57,8 +58,14 @@ def decision_curve(
     if reason is None:
         found_low, found_high = _intervals(found, found_size, level)
         passed_low, passed_high = _intervals(passed, passed_size, level)
-        low -= np.hypot(gain * (found - found_low), cost * (passed_high - passed))
-        high += np.hypot(gain * (found_high - found), cost * (passed - passed_low))
+        below, above = np.zeros(points), np.zeros(points)
+        if not prevalence:
+            size = float(shares(malignant.astype(np.int64), owner, 2)[1][1])
+            rarest, commonest = share_interval(share, size, level)
+            per_cancer = found + passed * odds
+            below, above = per_cancer * (share - rarest), per_cancer * (commonest - share)
+        low -= np.sqrt((gain * (found - found_low)) ** 2 + (cost * (passed_high - passed)) ** 2 + below**2)
+        high += np.sqrt((gain * (found_high - found)) ** 2 + (cost * (passed - passed_low)) ** 2 + above**2)
     return {
         "prevalence": share,
         "probability": threshold.tolist(),

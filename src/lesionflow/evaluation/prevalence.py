@@ -3,7 +3,8 @@
 Data for training are rarely as malignant as the people a model is used on: benign lesions are thinned, or few
 were photographed. So each class is averaged by itself and the two are mixed as the stated prevalence says:
 malignant lesions weigh prevalence / P each, benign ones (1 - prevalence) / N. That undoes thinning as long as
-the benign lesions that were kept are a fair sample of their kind.
+the benign lesions that were kept are a fair sample of their kind. A stated prevalence is a number without error;
+that of the data (0) is an estimate, and the chance in the malignant count is then part of every interval.
 
 A figure made of such means moves with each lesion's *pull* (its empirical influence). Summed over a patient's
 lesions and squared, the pulls give the variance as if patients were a sample: no replicate, so it costs the
@@ -45,9 +46,15 @@ def weights(malignant: NDArray[np.bool_], prevalence: float) -> Floats:
     return result
 
 
-def pulls(malignant: NDArray[np.bool_], weight: Floats, score: Floats) -> Floats:
-    """How much each lesion moves the mixed mean of `score` [n]: weight x (score - mean of its class)."""
-    inside = np.where(malignant, score[malignant].mean(), score[~malignant].mean())
+def pulls(malignant: NDArray[np.bool_], weight: Floats, score: Floats, *, drawn: bool) -> Floats:
+    """How much each lesion moves the mixed mean of `score` [n]: weight x (score - mean of its class).
+
+    `drawn`: the prevalence is that of the data, so the malignant count is chance too, and the mean is that of all.
+    """
+    if drawn:
+        inside: Floats = np.full(len(score), float(weight @ score))
+    else:
+        inside = np.where(malignant, score[malignant].mean(), score[~malignant].mean())
     result: Floats = weight * (score - inside)
     return result
 

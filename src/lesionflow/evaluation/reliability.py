@@ -33,6 +33,7 @@ def binned(
     common: dict[str, Any],
     replicates: int,
     seed: int,
+    drawn: bool,
 ) -> dict[str, Any]:
     """The reliability bins, and the expected calibration error over them.
 
@@ -69,7 +70,7 @@ def binned(
                 "observed": _observed(malignant[here], owner[here], alike, odds_shift, common).to_dict(),
             }
         )
-    plain, corrected, interval = _error(gaps, malignant, p, weight, owner, bin_of, common, replicates, seed)
+    plain, corrected, interval = _error(gaps, malignant, p, weight, owner, bin_of, common, replicates, seed, drawn)
     return {
         "ece": Figure(corrected, interval).to_dict(),
         "ece_plain": Figure(plain, interval).to_dict(),
@@ -87,6 +88,7 @@ def _error(
     common: dict[str, Any],
     replicates: int,
     seed: int,
+    drawn: bool,
 ) -> tuple[float, float, Interval]:
     """Expected calibration error: as it is, less what noise adds to it, and the interval of the true one.
 
@@ -94,9 +96,9 @@ def _error(
     sum |truth| <= sum |gaps| - sum of sign(truth) Z, from above.
     """
     count, groups, level = len(gaps), int(owner.max()) + 1, common["level"]
-    # Each lesion's pull on each bin's gap: its own part, less its class's mean in every bin.
+    # Each lesion's pull on each bin's gap: its own part, less its class's mean in every bin (see `prevalence.pulls`).
     table = np.bincount(owner * count + bin_of, weight * (malignant - p), groups * count).reshape(groups, count)
-    for kind in (malignant, ~malignant):
+    for kind in (np.ones_like(malignant),) if drawn else (malignant, ~malignant):
         mean = np.bincount(bin_of[kind], (malignant - p)[kind], count) / kind.sum()
         table -= np.bincount(owner[kind], weight[kind], groups)[:, None] * mean
     covariance = table.T @ table * groups / max(groups - 1, 1)

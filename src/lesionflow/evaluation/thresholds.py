@@ -13,7 +13,8 @@ the bound errs to the safe side. The sample size doesn't depend on the threshold
 falls, and choosing on the same lesions costs nothing.
 
 Two thresholds make three bands: `refer` at or above the one that vouches for the wanted sensitivity, `low` under
-the one that vouches for a higher one, `routine` between.
+the one that vouches for a higher one, `routine` between. Each of the two bounds holds with 95 % confidence on its own;
+both together with at least 90 %.
 """
 
 from __future__ import annotations

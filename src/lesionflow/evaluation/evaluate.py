@@ -195,7 +195,7 @@ def _served(
             "calibration": calibration.assess(probability, y, groups, **weighted),
             "decision_curve": decision_curve(probability, y, groups, **weighted),
             "thresholds": bands,
-            "bands": _bands(here, doubtful, bands, fitted.prevalence),
+            "bands": _bands(here, doubtful, bands, fitted.prevalence, drawn=not options.prevalence),
         },
     }
 
@@ -224,7 +224,7 @@ def _held_apart(holdout: pl.DataFrame, oof: pl.DataFrame) -> None:
 
 
 def _bands(
-    here: _Lesions, doubtful: NDArray[np.bool_], bands: Mapping[str, Any], prevalence: float
+    here: _Lesions, doubtful: NDArray[np.bool_], bands: Mapping[str, Any], prevalence: float, *, drawn: bool
 ) -> dict[str, Any] | None:
     """How many lesions each band holds; None where no band could be vouched for."""
     named = band_of(here.s, bands)
@@ -239,7 +239,7 @@ def _bands(
         malignant = int((held & (here.y == 1)).sum())
         # Benign lesions are thinned in most data sets, so the share is also given for the stated prevalence.
         stated = linearised(
-            float(weight @ held), pulls(here.y == 1, weight, held.astype(np.float64)), here.groups,
+            float(weight @ held), pulls(here.y == 1, weight, held.astype(np.float64), drawn=drawn), here.groups,
             malignant=malignant, level=here.resampling["level"],
         )  # fmt: skip
         figure = rate(held, np.ones(len(held)), here.groups, malignant=malignant, fewest=0, **here.resampling)

@@ -2,7 +2,8 @@
 
 Simulated cohorts, markdown tables. `threshold`: how often the true sensitivity is under the bound it was chosen for,
 at most 5 % (1.4 points of simulation error at 1,000 cohorts). `shift`: a prevalence that calibration has to recover.
-`coverage`: how often 95 % intervals hold the truth, by number of malignant lesions. Each takes a few minutes on one
+`work`, `reliability`, `drawn`: how often 95 % intervals hold the truth, by number of malignant lesions. `lists`: how
+many lesions one benign lesion may stand for before figures per patient are no use. Each takes a few minutes on one
 core; `--cohorts` shortens it.
 """
 
@@ -98,28 +99,65 @@ def table(names: list[str], rows: dict[int | str, dict[str, list[bool | None]]])
 
 
 def work(cohorts: int) -> None:
-    """Coverage of what reviewing costs. "of 40 %": in so many cohorts there was an interval."""
+    """Coverage of what reviewing costs. "of 40 %": in so many cohorts there was an interval.
+
+    Overall at PREVALENCE, benign lesions thinned; per patient where all of ten times as many benign lesions were kept.
+    """
     normal = NormalDist()
     rows: dict[int | str, dict[str, list[bool | None]]] = {}
     names = [f"{name} at {one:.0%}" for name in ("overall", "flagged a patient", "within") for one in SENSITIVITIES]
     for malignant in MALIGNANT:
         found: dict[str, list[bool | None]] = {name: [] for name in names}
-        y, s, patient = cohort(np.random.default_rng(10**6), malignant, 200)
-        many = workload.operating(y, s, patient, np.ones(len(y), bool), prevalence=PREVALENCE, replicates=0)
+        y, s, patient = cohort(np.random.default_rng(10**6), malignant, 50, 10 * BENIGN)
+        whole = malignant / (malignant + 10 * BENIGN)
+        many = workload.operating(y, s, patient, np.ones(len(y), bool), prevalence=whole, replicates=0)
         for seed in range(cohorts):
             y, s, patient = cohort(np.random.default_rng([seed, malignant]), malignant)
-            rows_here = workload.operating(y, s, patient, np.ones(len(y), bool), prevalence=PREVALENCE)
-            for one, truth in zip(rows_here, many, strict=True):
+            thinned = workload.operating(y, s, patient, np.zeros(len(y), bool), prevalence=PREVALENCE)
+            y, s, patient = cohort(np.random.default_rng([seed, malignant]), malignant, benign=10 * BENIGN)
+            lists = workload.operating(y, s, patient, np.ones(len(y), bool), prevalence=whole)
+            for one, listed, truth in zip(thinned, lists, many, strict=True):
                 se = one["sensitivity"]
                 passed = 1 - normal.cdf(DISTANCE - normal.inv_cdf(se))
                 cost = 1 + (1 - PREVALENCE) / PREVALENCE * passed / se
                 found[f"overall at {se:.0%}"].append(held(one["reviewed_per_cancer"], cost))
-                load = malignant / PATIENTS * se * cost
-                found[f"flagged a patient at {se:.0%}"].append(held(one["flagged_per_patient"], load))
+                load = (malignant * se + 10 * BENIGN * passed) / PATIENTS
+                found[f"flagged a patient at {se:.0%}"].append(held(listed["flagged_per_patient"], load))
                 deep = truth["within_patient"]["reviewed_per_cancer"]["value"]
-                found[f"within at {se:.0%}"].append(held(one["within_patient"]["reviewed_per_cancer"], deep))
+                found[f"within at {se:.0%}"].append(held(listed["within_patient"]["reviewed_per_cancer"], deep))
         rows[malignant] = found
     table(names, rows)
+
+
+def lists(cohorts: int) -> None:
+    """Each patient's highest lesions where benign ones were thinned: may one stand for so many? No limit is kept to."""
+    limit, workload.MOST_STOOD_FOR = workload.MOST_STOOD_FOR, 10**9
+    print("| lesions a patient | one stands for | figure / truth, median: 80 %, 90 %, 95 % | coverage |")
+    print("|---|---|---|---|")
+    for each in (40, 200):
+        truths: list[float] = []
+        for stood_for in (0, 1, 3, 5, 10, 20, 50, 100):
+            values, inside = [], []
+            for seed in range(min(cohorts, 200) if stood_for else 1):
+                rng, patients = np.random.default_rng([seed, stood_for]), 300 if stood_for else 6000
+                patient = np.repeat(np.arange(patients), each)
+                y = np.zeros(len(patient), int)
+                y[rng.choice(len(y), patients // 2, replace=False)] = 1
+                s = rng.normal(size=len(y)) + DISTANCE * y + ALIKE * rng.normal(size=patients)[patient]
+                kept = (y == 1) | (rng.random(len(y)) * stood_for < 1)
+                known = np.ones(int(kept.sum()), bool)
+                found = workload.operating(y[kept], s[kept], patient[kept], known, prevalence=0.5 / each)
+                figures = [one["within_patient"]["reviewed_per_cancer"] for one in found]
+                values.append([one["value"] for one in figures])
+                inside.append([held(*one) for one in zip(figures, truths, strict=False)])
+            if not stood_for:
+                truths = values[0]
+                continue
+            ratio = np.median(np.array(values) / truths, axis=0)
+            share = [np.mean([one for one in at if one is not None]) for at in zip(*inside, strict=True)]
+            cells = [", ".join(f"{one:.2f}" for one in ratio), ", ".join(f"{one:.0%}" for one in share)]
+            print(f"| {each} | {stood_for} | {' | '.join(cells)} |", flush=True)
+    workload.MOST_STOOD_FOR = limit
 
 
 LINES = {"right": (DISTANCE, -(DISTANCE**2) / 2), "too bold": (1.5 * DISTANCE, -(DISTANCE**2) / 2 - 0.5)}
@@ -127,8 +165,8 @@ LINES = {"right": (DISTANCE, -(DISTANCE**2) / 2), "too bold": (1.5 * DISTANCE, -
 ASSESSED = ("intercept", "slope", "expected_observed", "brier", "log_loss", "ece")
 
 
-def probabilities(s: np.ndarray, line: tuple[float, float]) -> np.ndarray:
-    return 1 / (1 + np.exp(-(line[0] * s + line[1] + np.log(PREVALENCE / (1 - PREVALENCE)))))
+def probabilities(s: np.ndarray, line: tuple[float, float], prevalence: float = PREVALENCE) -> np.ndarray:
+    return 1 / (1 + np.exp(-(line[0] * s + line[1] + np.log(prevalence / (1 - prevalence)))))
 
 
 def reliability(cohorts: int) -> None:
@@ -173,6 +211,37 @@ def reliability(cohorts: int) -> None:
             print(f"| {malignant} | {ours:.5f} | {plain:.5f} | {true:.5f} |", flush=True)
 
 
+def drawn(cohorts: int) -> None:
+    """Coverage at the data's own prevalence (0) of right probabilities, where the malignant count is drawn too."""
+    normal, names = NormalDist(), (*[one for one in ASSESSED if one != "ece"], "net benefit")
+    slope, intercept = LINES["right"]
+    spaced = np.array([normal.inv_cdf((i + 0.5) / 200_000) for i in range(200_000)])
+    y_all, s_all = np.repeat([1, 0], len(spaced)), np.r_[spaced + DISTANCE, spaced]
+    rows: dict[int | str, dict[str, list[bool | None]]] = {}
+    for expected in MALIGNANT[:3]:
+        count = expected + BENIGN
+        prevalence = expected / count
+        p_all = probabilities(s_all, LINES["right"], prevalence)
+        many = calibration.assess(p_all, y_all, np.arange(len(y_all)), prevalence=prevalence, replicates=0)
+        found: dict[str, list[bool | None]] = {one: [] for one in names}
+        for seed in range(cohorts):
+            rng = np.random.default_rng([seed, expected])
+            malignant = int(rng.binomial(count, prevalence))
+            y, s, patient = cohort(rng, malignant, benign=count - malignant)
+            p = probabilities(s, LINES["right"], prevalence)
+            one = calibration.assess(p, y, patient, prevalence=0, seed=seed)
+            for key in names[:-1]:
+                found[key].append(held(one[key], many[key]["value"]))
+            curve = decision.decision_curve(p, y, patient, prevalence=0, points=9)
+            for at, low, high in zip(curve["probability"], curve["low"] or [], curve["high"] or [], strict=False):
+                cut = (np.log(at / (1 - at)) - np.log(prevalence / (1 - prevalence)) - intercept) / slope
+                rates = [1 - normal.cdf(cut - DISTANCE), 1 - normal.cdf(cut)]
+                net = prevalence * rates[0] - (1 - prevalence) * rates[1] * at / (1 - at)
+                found["net benefit"].append(low <= net <= high)
+        rows[f"{expected} expected, of {count:,}"] = found
+    table(list(names), rows)
+
+
 def shift(cohorts: int) -> None:
     """Fitted where benign lesions are thinned, looked at where they aren't: is the planted prevalence recovered?"""
     print("| fitted on, malignant of all | stated | E/O | intercept | slope | E/O without the shift |")
@@ -196,7 +265,14 @@ def shift(cohorts: int) -> None:
 
 
 def main() -> None:
-    parts = {"threshold": threshold, "shift": shift, "work": work, "reliability": reliability}
+    parts = {
+        "threshold": threshold,
+        "shift": shift,
+        "work": work,
+        "lists": lists,
+        "reliability": reliability,
+        "drawn": drawn,
+    }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=parts, action="append")
     parser.add_argument("--cohorts", type=int, default=1000)

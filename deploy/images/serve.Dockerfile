@@ -18,6 +18,8 @@ RUN python -m venv /opt/lesionflow \
  && /opt/lesionflow/bin/pip install --no-cache-dir --constraint requirements.txt ".[serve]"
 
 FROM ${BASE}${DIGEST:+@${DIGEST}}
+# LightGBM's threads.
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/lesionflow /opt/lesionflow
 # /tmp is the only place that is written to: mount something there and the rest can be read-only.
 ENV PATH=/opt/lesionflow/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

@@ -22,6 +22,8 @@ RUN grep -viE '^(torch|torchvision|numpy|sympy|networkx|fsspec|filelock)==' requ
  && /opt/lesionflow/bin/python -m pip install --no-cache-dir --constraint constraints.txt ".[train,serve,cluster]"
 
 FROM ${BASE}${DIGEST:+@${DIGEST}}
+# LightGBM's threads.
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/lesionflow /opt/lesionflow
 # /tmp is the only place outside of volumes that is written to: mount something there and the rest can be read-only.
 ENV PATH=/opt/lesionflow/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

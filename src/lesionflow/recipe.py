@@ -141,6 +141,53 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Tabular:
+    """Boosted trees on a lesion's metadata, and on how it compares with the same patient's other lesions."""
+
+    lightgbm: int = bound(0, 0, 50)
+    """LightGBM models per fold, each with its own seed and draw of benign lesions, whose log-odds are averaged.
+    Without any member of the three kinds the metadata isn't used."""
+    catboost: int = bound(0, 0, 50)
+    """CatBoost models per fold (needs `pip install lesionflow[boosters]`)."""
+    xgboost: int = bound(0, 0, 50)
+    """XGBoost models per fold (needs the same)."""
+    derived: bool = True
+    """Published features made of a lesion's own columns: colour contrast, shape, size ratios, location."""
+    context: bool = True
+    """Differences, ranks and robust z-scores within the patient, and within the patient's body site."""
+    neighbours: bool = True
+    """Distances to and outlyingness among the patient's own lesions."""
+    negatives: float = bound(0.0, 0, 100_000)
+    """Benign lesions drawn per malignant one, afresh for each model; 0: all of them."""
+    rounds: int = bound(200, 1, 20_000)
+    """Trees per model: fixed, since a number picked on the fold that is scored would flatter."""
+    learning_rate: float = bound(0.03, 1e-4, 1)
+    leaves: int = bound(15, 2, 1024)
+    """Leaves per tree."""
+    min_leaf: int = bound(20, 1, 100_000)
+    """Fewest lesions in a leaf."""
+    columns: float = bound(0.3, 0.01, 1)
+    """Share of the features that a tree may look at."""
+    rows: float = bound(0.8, 0.05, 1)
+    """Share of the lesions that a tree learns from."""
+    l2: float = bound(5.0, 0, 10_000)
+    """Penalty on leaf values."""
+    missing: str = bound("refuse", choices=("refuse", "allow"))
+    """What to do where empty cells alone tell malignant from benign lesions, which a model would learn."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How the picture's and the metadata's scores become one."""
+
+    method: str = bound("auto", choices=("auto", "trees", "linear", "rank"))
+    """`trees` learn from the features and the picture's log-odds together, `linear` weighs two log-odds, `rank`
+    averages two ranks; `auto` takes, for each fold, what ranks best in the other folds."""
+    noise: float = bound(0.0, 0, 5)
+    """Standard deviation of the noise on the picture's log-odds while trees learn from them."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How scores become figures."""
 
@@ -185,6 +232,8 @@ class Recipe:
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
+    tabular: Tabular = Tabular()
+    stack: Stack = Stack()
     evaluation: Evaluation = Evaluation()
     gate: Gate = Gate()
 

@@ -6,6 +6,7 @@
 
     bundle.json      what the model is and how it did: see `check_info`
     image.onnx       uint8 NHWC `image` [B, S, S, 3] in; float32 `fold_logits` [B, K] and `logit` [B] out
+    tabular/         where metadata is used: boosted trees as text, and `stack.json`, how they join the pictures
     MODEL_CARD.md    the same for people
     reference/       synthetic lesions and `answers.json`, what the model said about them
     MANIFEST.sha256  the SHA-256 of every file above; `sha256sum -c MANIFEST.sha256` reads it too
@@ -151,7 +152,9 @@ def check_info(info: Any, where: str) -> dict[str, Any]:
     logit + b))), `a` positive so that the order of lesions stays, and what prevalence it is for);
     `thresholds` (`refer` and `low`, each with a `logit` and how it was chosen, as `band` reads them;
     empty where no band could be vouched for); `inputs` (what pictures the model knows, as
-    `serving.inputs` reads it; may be missing); `metrics` (with intervals); `recipe`; `data_hash`;
+    `serving.inputs` reads it; may be missing); `visit` (only with metadata: `served`, the mode of what is
+    served, and `modes`, each with its `calibration`, `thresholds` and what it is worth; the `calibration` and
+    `thresholds` above are then those of a picture alone); `metrics` (with intervals); `recipe`; `data_hash`;
     `fold_hash`; `data_licence`; `synthetic`; `parity`; `notice`.
     """
     if not isinstance(info, dict):
@@ -174,21 +177,34 @@ def check_info(info: Any, where: str) -> dict[str, Any]:
     for field, good in checks.items():
         if not good:
             raise DataError(f"{where}: {field} can't be {info.get(field)!r}: export the bundle again")
-    thresholds = info.get("thresholds")
-    if not isinstance(thresholds, dict):
-        raise DataError(f"{where}: thresholds must be an object of bands: export the bundle again")
-    for name, threshold in thresholds.items():
-        if name not in ("refer", "low"):
-            raise DataError(f"{where}: thresholds.{name} is no band, those are refer and low: export the bundle again")
-        if not isinstance(threshold, dict) or not _finite(threshold.get("logit")):
-            raise DataError(f"{where}: thresholds.{name} needs a finite `logit`: export the bundle again")
-    if "low" in thresholds and not ("refer" in thresholds and _logit(thresholds, "low") <= _logit(thresholds, "refer")):
-        raise DataError(
-            f"{where}: thresholds.low needs a thresholds.refer that isn't under it: export the bundle again"
-        )
+    _check_thresholds(info.get("thresholds"), f"{where}: thresholds")
+    if "visit" in info:
+        _check_visit(info["visit"], f"{where}: visit")
     if not isinstance(info.get("inputs", {}), dict):
         raise DataError(f"{where}: inputs must be an object: export the bundle again")
     return info
+
+
+def _check_thresholds(thresholds: Any, where: str) -> None:
+    if not isinstance(thresholds, dict):
+        raise DataError(f"{where} must be an object of bands: export the bundle again")
+    for name, threshold in thresholds.items():
+        if name not in ("refer", "low"):
+            raise DataError(f"{where}.{name} is no band, those are refer and low: export the bundle again")
+        if not isinstance(threshold, dict) or not _finite(threshold.get("logit")):
+            raise DataError(f"{where}.{name} needs a finite `logit`: export the bundle again")
+    if "low" in thresholds and not ("refer" in thresholds and _logit(thresholds, "low") <= _logit(thresholds, "refer")):
+        raise DataError(f"{where}.low needs a {where.split(': ')[-1]}.refer that isn't under it: export the bundle again")
+
+
+def _check_visit(visit: Any, where: str) -> None:
+    modes = visit.get("modes") if isinstance(visit, dict) else None
+    if not isinstance(modes, dict) or visit.get("served") not in modes:
+        raise DataError(f"{where} needs `modes`, and `served` among them: export the bundle again")
+    for name, mode in modes.items():
+        if not isinstance(mode, dict) or not _is_calibration(mode.get("calibration")):
+            raise DataError(f"{where}.modes.{name} needs a `calibration`: export the bundle again")
+        _check_thresholds(mode.get("thresholds"), f"{where}.modes.{name}.thresholds")
 
 
 def band(logit: float, thresholds: Mapping[str, Mapping[str, Any]]) -> str | None:

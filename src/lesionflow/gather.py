@@ -3,12 +3,15 @@
     oof.parquet       every lesion of the folds once, scored by the fold that held it out
     holdout.parquet   the patients set aside from every fold, with all folds' logits and their mean: what is served
     inputs.json       what pictures the hold-out holds, so that the service knows those it can't judge
+    stack/            where the recipe uses metadata: boosted trees, and how they and the pictures' scores are joined
 
 Scores carry the identity of the training they came from; those of another recipe, data set or split are refused.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +21,14 @@ from lesionflow.plan import data_of, recipe_of
 from lesionflow.progress import track
 
 if TYPE_CHECKING:
+    import numpy as np
     import polars as pl
+    from numpy.typing import NDArray
 
     from lesionflow.data.folds import Folds
     from lesionflow.data.store import Store
 
-TABLES = ("oof.parquet", "holdout.parquet", "inputs.json")
+OUTPUTS = ("oof.parquet", "holdout.parquet", "inputs.json", "stack")
 DESCRIBED = (
     "patient_id", "sex", "age_approx", "anatom_site_general", "attribution", "copyright_license", "tbp_tile_type",
     "clin_size_long_diam_mm", "tbp_lv_Lext", "tbp_lv_Bext",
@@ -32,7 +37,7 @@ DESCRIBED = (
 
 
 def gather(run: Path, *, progress: bool = False) -> None:
-    """Write `TABLES` (without a hold-out only the first). Raises `DataError` for scores that don't belong here."""
+    """Write `OUTPUTS`, as far as the recipe has them. Raises `DataError` for scores that don't belong here."""
     import polars as pl
 
     store, folds = data_of(run)
@@ -40,16 +45,23 @@ def gather(run: Path, *, progress: bool = False) -> None:
     for k, part in enumerate(parts["oof"]):
         if (part["fold"] != k).any():
             raise DataError(f"{run}/fold-{k}/oof.parquet: scores of another fold; delete the folder and train again")
-    _write_scores(run / "oof.parquet", pl.concat(parts["oof"]), store, len(store) - len(folds.holdout_rows()))
-    if not folds.holdout:
+    oof, holdout = pl.concat(parts["oof"]).sort("isic_id"), None
+    if folds.holdout:
+        # What is served is the mean of the folds' models, and none of them has seen these patients.
+        logit = pl.col("logit")
+        served = pl.concat(parts["holdout"]).group_by("isic_id", maintain_order=True)
+        mean = served.agg(fold_logits=logit, logit=logit.mean())
+        table = parts["holdout"][0].drop("logit").join(mean, on="isic_id").sort("isic_id")
+        holdout = _judged(run, table, store, progress)
+    shutil.rmtree(run / "stack", ignore_errors=True)
+    if recipe_of(run).tabular.members:
+        oof, holdout = _joined(run, store, folds, oof, holdout, progress)
+    _write_scores(run / "oof.parquet", oof, store, len(store) - len(folds.holdout_rows()))
+    if holdout is not None:
+        _write_scores(run / "holdout.parquet", holdout, store, len(folds.holdout_rows()))
+    else:
         for name in ("holdout.parquet", "inputs.json"):
             (run / name).unlink(missing_ok=True)
-        return
-    # What is served is the mean of the folds' models, and none of them has seen these patients.
-    logit = pl.col("logit")
-    served = pl.concat(parts["holdout"]).group_by("isic_id").agg(fold_logits=logit, logit=logit.mean())
-    table = _judged(run, parts["holdout"][0].drop("logit").join(served, on="isic_id"), store, progress)
-    _write_scores(run / "holdout.parquet", table, store, len(folds.holdout_rows()))
 
 
 def _scores(run: Path, folds: Folds, k: int, name: str) -> pl.DataFrame:
@@ -86,6 +98,69 @@ def _judged(run: Path, table: pl.DataFrame, store: Store, progress: bool) -> pl.
     known = reference(stats, fold_logits)
     keys.write_json(run / "inputs.json", known)
     return table.with_columns(doubts=pl.Series(unusual(stats, fold_logits, known), dtype=pl.List(pl.String)))
+
+
+def _joined(
+    run: Path, store: Store, folds: Folds, oof: pl.DataFrame, holdout: pl.DataFrame | None, progress: bool
+) -> tuple[pl.DataFrame, pl.DataFrame | None]:
+    """The tables with every mode's scores, `logit` that of what is served; writes `stack/`.
+
+    Features are made of the whole store at once: a lesion's depend on its own patient alone, who is on one side.
+    """
+    import numpy as np
+
+    from lesionflow.data import missingness
+    from lesionflow.data.features import Matrix, features, has_record, lesions_of_patient
+    from lesionflow.models.stack import fit_stack, save_stack
+
+    recipe = recipe_of(run)
+    if recipe.tabular.missing == "refuse":
+        missingness.refuse(missingness.check_missing(store.table, store.targets))
+    blocks = recipe.tabular.blocks
+    own = tuple(name for name in blocks if name in ("plain", "derived"))
+    record = features(store.table, own)
+    visit = features(store.table, blocks) if blocks != own else None
+    alone, known = lesions_of_patient(store.table) == 1, has_record(store.table)
+    place = {name: row for row, name in enumerate(store.ids)}
+    rows = np.array([place[name] for name in oof["isic_id"]], np.int64)
+    held = np.array([place[name] for name in (holdout["isic_id"] if holdout is not None else [])], np.int64)
+
+    def part(matrix: Matrix | None, chosen: NDArray[np.int64]) -> Matrix | None:
+        return None if matrix is None else Matrix(matrix.names, matrix.values[chosen])
+
+    stacked = fit_stack(
+        oof["logit"].to_numpy(),
+        np.array(holdout["fold_logits"].to_list()) if holdout is not None else np.zeros((0, folds.count)),
+        part(record, rows), part(visit, rows), part(record, held), part(visit, held), alone[rows], alone[held],
+        oof["target"].to_numpy(), oof["fold"].to_numpy(),
+        tabular=recipe.tabular, stack=recipe.stack, seed=recipe.seed,
+        ids=oof["isic_id"].to_list(), model_fold=oof["fold"].to_numpy(), folds=folds, progress=progress,
+    )  # fmt: skip
+    save_stack(stacked, run / "stack")
+    oof = _with_modes(oof, stacked.oof, known[rows])
+    if holdout is not None:
+        holdout = _with_modes(holdout, stacked.holdout, known[held])
+    return oof, holdout
+
+
+def _with_modes(table: pl.DataFrame, scores: Mapping[str, NDArray[np.float64]], known: NDArray[np.bool_]) -> pl.DataFrame:
+    """The table with `<mode>_logit` (and, of [n, K] scores, `<mode>_fold_logits`) and `logit`, what is served.
+
+    A lesion without metadata is served its picture's score.
+    """
+    import polars as pl
+
+    served = [mode for mode in scores][-1]
+    for mode, found in scores.items():
+        if found.ndim == 2:
+            table = table.with_columns(pl.Series(f"{mode}_fold_logits", list(found), dtype=pl.List(pl.Float64)))
+            found = found.mean(1)
+        table = table.with_columns(pl.Series(f"{mode}_logit", found))
+    columns = ["logit", "fold_logits"] if "fold_logits" in table.columns else ["logit"]
+    return table.with_columns(
+        pl.when(pl.Series(known)).then(pl.col(f"{served}_{name}")).otherwise(pl.col(f"image_{name}")).alias(name)
+        for name in columns
+    )
 
 
 def _write_scores(out: Path, table: pl.DataFrame, store: Store, expected: int) -> None:

@@ -175,6 +175,17 @@ class Tabular:
     missing: str = bound("refuse", choices=("refuse", "allow"))
     """What to do where empty cells alone tell malignant from benign lesions, which a model would learn."""
 
+    @property
+    def members(self) -> int:
+        """Boosted models per fold; 0: the metadata isn't used."""
+        return self.lightgbm + self.catboost + self.xgboost
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks of features (`data.features`) that are used, those of the lesion alone first."""
+        wanted = {"plain": True, "derived": self.derived, "context": self.context, "neighbours": self.neighbours}
+        return tuple(name for name, used in wanted.items() if used)
+
 
 @dataclass(frozen=True)
 class Stack:

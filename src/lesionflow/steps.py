@@ -10,6 +10,7 @@ Everything is found in, and written to, the run directory:
     store/  folds.parquet                           the data and its split, with their hashes
     fold-<k>/  events/  metrics.csv                 weights, TensorBoard and curves
     oof.parquet  holdout.parquet                    scores of lesions whose patients the models never saw
+    stack/                                          boosted trees on the metadata, and how they join the pictures
     metrics.json  gate.json                         what they are worth, and whether that is enough
     report.html  gallery.html  MODEL_CARD.md        for people
     bundle/                                         for the service
@@ -107,12 +108,13 @@ def train(
 def stack(run: Path, key: str, *, progress: bool = False) -> Path:
     """The folds' scores -> `oof.parquet`: every lesion once, scored by a model that never saw its patient.
 
+    With metadata in the recipe, boosted trees are grown here and joined with the pictures' scores: `stack/`.
     Where the split set lesions aside from every fold, `holdout.parquet` has them with the mean of all folds'
     logits, which is what is served, and `inputs.json` says what pictures the model was tried on.
     """
-    from lesionflow.gather import TABLES, gather
+    from lesionflow.gather import OUTPUTS, gather
 
-    with step(run, "stack", key, lambda: [name for name in TABLES if (run / name).exists()]) as needed:
+    with step(run, "stack", key, lambda: [name for name in OUTPUTS if (run / name).exists()]) as needed:
         if needed:
             gather(run, progress=progress)
     return run / "oof.parquet"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from lesionflow.progress import track
 from lesionflow.serving.graph import Floats, Graph
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from lesionflow.serving.remote import Remote
 
 SMOKE_TOLERANCE = 1e-3
@@ -84,7 +86,7 @@ class Predictor:
     def answers(self, pixels: Pixels, fold_logits: Floats, logit: Floats) -> list[Answer]:
         """Calibrate and name the bands of raw outputs, `fold_logits` [B, K] and `logit` [B], for uint8 [B, S, S, 3]."""
         thresholds = self.bundle.info["thresholds"]
-        doubts = self._doubts(pixels, fold_logits)
+        doubts = self.doubts(pixels, fold_logits)
         return [
             Answer(
                 one,
@@ -96,7 +98,7 @@ class Predictor:
             for row, one, doubt in zip(fold_logits.tolist(), logit.tolist(), doubts, strict=True)
         ]
 
-    def _doubts(self, pixels: Pixels, fold_logits: Floats) -> list[list[str]]:
+    def doubts(self, pixels: Pixels, fold_logits: Floats) -> list[list[str]]:
         """Per lesion, why the model can't judge it; nothing where the bundle doesn't say what it knows."""
         if not (known := self.bundle.info.get("inputs")):
             return [[]] * len(pixels)
@@ -105,11 +107,8 @@ class Predictor:
         return unusual(statistics(pixels), fold_logits, known)
 
     def probability(self, logit: float) -> float:
-        """1 / (1 + exp(-(a x logit + b))) in double precision, without overflow."""
-        z = self._a * logit + self._b
-        if z >= 0:
-            return 1.0 / (1.0 + math.exp(-z))
-        return math.exp(z) / (1.0 + math.exp(z))
+        """1 / (1 + exp(-(a x logit + b))) in double precision."""
+        return sigmoid(self._a * logit + self._b)
 
     def smoke(self) -> dict[str, Any]:
         """Ask about the reference lesions again; returns their `count` and `max_abs`, the largest difference.
@@ -136,6 +135,13 @@ class Predictor:
         return {"count": len(stored), "max_abs": worst}
 
 
+def sigmoid(z: float) -> float:
+    """1 / (1 + exp(-z)), without overflow."""
+    if z >= 0:
+        return 1.0 / (1.0 + math.exp(-z))
+    return math.exp(z) / (1.0 + math.exp(z))
+
+
 def predict_files(
     bundle: Path | Predictor,
     images: Path,
@@ -146,6 +152,7 @@ def predict_files(
     threads: int | None = None,
     progress: bool = True,
     skip_corrupt: bool = False,
+    details: Path | None = None,
 ) -> dict[str, Any]:
     """Score every lesion of a data set directory, an HDF5 file or a folder; write `isic_id,target` to `out`.
 
@@ -154,24 +161,33 @@ def predict_files(
     the file, or a folder that gets `submission.csv`; it appears only once it is complete. Images are
     streamed, so memory doesn't grow with their number.
 
+    A bundle that knows metadata uses that of the set, with each patient's other lesions (`serving.visit`); `modes`
+    in the answer counts what the scores rest on, and `details` names a file for them, mode by mode.
+
     A missing or unusable image raises `DataError` naming the id. With `skip_corrupt` it is counted
     and listed, and its row gets the mean probability of the lesions that were scored: the
-    competition wants a row for every id, and the mean says only that it is one of this set.
+    competition wants a row for every id, and the mean says only that it is one of this set. Where its metadata
+    can be used it gets the score of that instead.
     """
     predictor = bundle if isinstance(bundle, Predictor) else Predictor(bundle, threads)
     out = Path(out) if Path(out).suffix == ".csv" else Path(out) / "submission.csv"
     started = time.perf_counter()
+    seen: dict[str, Floats] = {}
     scores: dict[str, float] = {}
     skipped: list[dict[str, str]] = []
+    joined: VisitScores | None = None
     with open_source(images, part, metadata) as source:
         ids = source.ids
         if len(set(ids)) != len(ids):
             raise DataError(f"{images}: an isic_id has more than one row: run `lesionflow data check`, keep one")
-        for isic_id, answer in track(_score(predictor, source, skip_corrupt), "predict", total=len(ids), show=progress):
-            if isinstance(answer, str):
-                skipped.append({"isic_id": isic_id, "reason": answer})
+        for isic_id, found in track(_score(predictor, source, skip_corrupt), "predict", total=len(ids), show=progress):
+            if isinstance(found, str):
+                skipped.append({"isic_id": isic_id, "reason": found})
             else:
-                scores[isic_id] = answer
+                seen[isic_id], scores[isic_id] = found[0], predictor.probability(found[1])
+        if source.metadata is not None and predictor.bundle.info.get("visit"):
+            joined = _join(predictor, source.metadata, seen)
+            scores |= joined.probability
     if not scores:
         first = f", first {skipped[0]['isic_id']}: {skipped[0]['reason']}" if skipped else ""
         raise DataError(f"{images}: none of {len(ids):,} images can be scored{first}: check the path and the images")
@@ -179,6 +195,8 @@ def predict_files(
     with atomic(out) as file:
         file.write(b"isic_id,target\n")
         file.writelines(f"{isic_id},{scores.get(isic_id, mean)!r}\n".encode() for isic_id in ids)
+    if details:
+        _write_details(details, ids, scores, seen, joined)
     seconds = time.perf_counter() - started
     return {
         "out": str(out),
@@ -186,6 +204,7 @@ def predict_files(
         "scored": len(scores),
         "skipped": skipped,
         "skipped_score": mean if skipped else None,
+        "modes": joined.counts if joined else {"image": len(scores)},
         "model": predictor.bundle.name,
         "bundle": predictor.bundle.version,
         "seconds": round(seconds, 3),
@@ -193,8 +212,63 @@ def predict_files(
     }
 
 
-def _score(predictor: Predictor, source: Source, skip_corrupt: bool) -> Iterator[tuple[str, float | str]]:
-    """(id, probability), or (id, why it was left out). One thread decodes ahead of the graph."""
+@dataclass(frozen=True)
+class VisitScores:
+    """What metadata made of the pictures' scores, by lesion."""
+
+    mode: dict[str, str]
+    probability: dict[str, float]
+    by_mode: dict[str, dict[str, float]]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Lesions by the way they were scored."""
+        return {mode: list(self.mode.values()).count(mode) for mode in sorted(set(self.mode.values()) - {""})}
+
+
+def _join(predictor: Predictor, table: pl.DataFrame, seen: Mapping[str, Floats]) -> VisitScores:
+    from lesionflow.serving.visit import Visits
+
+    visits, ids = Visits(predictor), table["isic_id"].to_list()
+    nothing = np.full(predictor.bundle.models, np.nan)
+    scores = visits.score(np.array([seen.get(name, nothing) for name in ids], np.float64), table)
+    logits = scores.fold_logits.mean(1).tolist()
+    of = dict(zip(ids, zip(scores.mode, logits, strict=True), strict=True))
+    return VisitScores(
+        {name: mode for name, (mode, _) in of.items()},
+        {name: visits.probability(mode, logit) for name, (mode, logit) in of.items() if mode},
+        {
+            mode: {n: visits.probability(mode, x) for n, x in zip(ids, found.tolist(), strict=True) if math.isfinite(x)}
+            for mode, found in scores.by_mode.items()
+        },
+    )
+
+
+def _write_details(
+    out: Path, ids: Sequence[str], scores: Mapping[str, float], seen: Mapping[str, Floats], joined: VisitScores | None
+) -> None:
+    """Every lesion's probability and what it rests on, with that of each mode that there was enough for."""
+    import polars as pl
+
+    by_mode = joined.by_mode if joined else {"image": {name: scores[name] for name in seen}}
+    modes = joined.mode if joined else dict.fromkeys(seen, "image")
+    columns = {f"probability_{mode}": [found.get(name) for name in ids] for mode, found in by_mode.items()}
+    table = pl.DataFrame(
+        {
+            "isic_id": list(ids),
+            "probability": [scores.get(name) for name in ids],
+            "mode": [modes.get(name) or None for name in ids],
+            **columns,
+        }
+    )
+    with atomic(out) as file:
+        table.write_csv(file)
+
+
+def _score(
+    predictor: Predictor, source: Source, skip_corrupt: bool
+) -> Iterator[tuple[str, tuple[Floats, float] | str]]:
+    """(id, (fold logits [K], their mean)), or (id, why it was left out). One thread decodes ahead of the graph."""
     starts = range(0, len(source.ids), DECODE_BATCH)
     with ThreadPoolExecutor(1, "decode") as pool:
         loads = (_load(source, source.ids[s : s + DECODE_BATCH], predictor.spec, skip_corrupt) for s in starts)
@@ -202,11 +276,11 @@ def _score(predictor: Predictor, source: Source, skip_corrupt: bool) -> Iterator
         while (loaded := future.result()) is not None:
             future = pool.submit(next, loads, None)
             ids, pixels, skipped = loaded
-            _, logits = predictor.logits(pixels)
-            for isic_id, logit in zip(ids, logits.tolist(), strict=True):
+            fold_logits, logits = predictor.logits(pixels)
+            for isic_id, row, logit in zip(ids, fold_logits, logits.tolist(), strict=True):
                 if not math.isfinite(logit):
                     raise DataError(f"{isic_id}: the model's answer is not a number: export the bundle again")
-                yield isic_id, predictor.probability(logit)
+                yield isic_id, (row, logit)
             yield from skipped
 
 

@@ -99,8 +99,12 @@ class Bundle:
         return data
 
     def answers(self) -> list[dict[str, Any]]:
-        """The reference lesions: `file`, `logit`, `fold_logits` each."""
+        """The reference lesions: `file`, `logit`, `fold_logits` each, and with metadata `visit_fold_logits`."""
         return list(_json(self.read(ANSWERS), self.path / ANSWERS)["answers"])
+
+    def visit(self) -> list[dict[str, Any]]:
+        """The reference lesions' metadata, in the order of `answers`; empty where the bundle knows pictures alone."""
+        return list(_json(self.read(ANSWERS), self.path / ANSWERS).get("visit", []))
 
 
 def write_manifest(path: Path) -> None:
@@ -194,7 +198,9 @@ def _check_thresholds(thresholds: Any, where: str) -> None:
         if not isinstance(threshold, dict) or not _finite(threshold.get("logit")):
             raise DataError(f"{where}.{name} needs a finite `logit`: export the bundle again")
     if "low" in thresholds and not ("refer" in thresholds and _logit(thresholds, "low") <= _logit(thresholds, "refer")):
-        raise DataError(f"{where}.low needs a {where.split(': ')[-1]}.refer that isn't under it: export the bundle again")
+        raise DataError(
+            f"{where}.low needs a {where.split(': ')[-1]}.refer that isn't under it: export the bundle again"
+        )
 
 
 def _check_visit(visit: Any, where: str) -> None:

@@ -133,6 +133,29 @@ def train(
 
 
 @app.command()
+def tune(
+    recipe: RecipeArgument,
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", help="Where to write the tuned recipe (.toml).")],
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = 30,
+    timeout: Annotated[float | None, typer.Option(min=1, help="Seconds after which no trial is begun.")] = None,
+    set_: SetOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Search for the boosted trees' settings on the metadata (Optuna), and write a recipe with the best.
+
+    Only `train-metadata.csv` is read. The folds are the recipe's, and its hold-out is left alone, so that a run of
+    the tuned recipe judges it honestly.
+
+    Example: lesionflow tune ensemble --data data --out tuned.toml --trials 50
+    """
+    from lesionflow.models.search import tune as search
+
+    result = search(load_recipe(recipe, set_), data, out, trials=trials, timeout=timeout, progress=not quiet)
+    typer.echo(f"{out}: pAUC {result['value']:.4f} in {result['trials']} trials, {result['before']:.4f} before")
+
+
+@app.command()
 def evaluate(run: RunArgument, as_json: JsonOption = False) -> None:
     """Combine the folds' out-of-fold scores and write metrics.json.
 
@@ -197,20 +220,31 @@ def predict(
     out: Annotated[Path, typer.Option("--out", help="Submission file (isic_id,target).")],
     metadata: Annotated[Path | None, typer.Option(help="CSV whose isic_id column gives the rows.")] = None,
     skip_corrupt: Annotated[bool, typer.Option(help="Count and list unusable images instead of stopping.")] = False,
+    details: Annotated[
+        Path | None, typer.Option(help="CSV with each lesion's probabilities: picture, metadata, both.")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Score images with a bundle and write a submission file. Needs no torch.
+    """Score lesions with a bundle and write a submission file. Needs no torch.
+
+    A bundle that was trained with metadata uses that of the lesions, and compares them with the same patient's
+    others; without metadata it scores the pictures alone.
 
     Example: lesionflow predict runs/first/bundle --images data/test-image.hdf5 --out submission.csv
+
+    Example: lesionflow predict runs/first/bundle --images data --out submission.csv --details details.csv
     """
     from lesionflow.serving.predictor import predict_files
 
-    result = predict_files(bundle, images, metadata=metadata, out=out, progress=not quiet, skip_corrupt=skip_corrupt)
+    result = predict_files(
+        bundle, images, metadata=metadata, out=out, progress=not quiet, skip_corrupt=skip_corrupt, details=details
+    )
     if as_json:
         print_json(result)
         return
-    typer.echo(f"{result['out']}: {result['rows']:,} rows, {result['images_per_second']:,} images/s")
+    used = ", ".join(f"{count:,} by {mode.replace('_', ' and ')}" for mode, count in result["modes"].items())
+    typer.echo(f"{result['out']}: {result['rows']:,} rows ({used}), {result['images_per_second']:,} images/s")
     for skipped in result["skipped"]:
         typer.echo(f"left out {skipped['isic_id']}: {skipped['reason']}", err=True)
 

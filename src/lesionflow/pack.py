@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lesionflow import keys
+from lesionflow.data.schema import TEST_COLUMNS
 from lesionflow.plan import data_of, recipe_of
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from lesionflow.data.store import Store
+    from lesionflow.serving.predictor import Predictor
 
 PARITY_LESIONS = 64
 """Stored lesions, drawn at random, on which the exported graph must agree with torch before a bundle is written."""
 DECISIVE_LESIONS = 128
 """At most so many malignant lesions of the hold-out, on which it must also agree with what was evaluated."""
+CHECKED_LESIONS = 512
+"""About so many of the hold-out, whole patients, on which the answers with metadata must be those evaluated."""
 REFERENCE_LESIONS = 8
 """Synthetic lesions whose answers travel in the bundle."""
 
@@ -27,6 +33,7 @@ def pack(run: Path) -> None:
     from lesionflow.data.datamodule import pixels
     from lesionflow.export.onnx import export_bundle
     from lesionflow.models.image import Members, preprocess_spec
+    from lesionflow.serving.visit import FOLDER
     from lesionflow.training.scoring import fold_weights, load_network
 
     recipe, (store, folds) = recipe_of(run), data_of(run)
@@ -35,14 +42,17 @@ def pack(run: Path) -> None:
         Members([load_network(path, recipe) for path in paths]) for paths in fold_weights(run, recipe, folds.count)
     ]
     spec = preprocess_spec(recipe)
-    thresholds = _thresholds(metrics["served"])
+    # The graph answers for a picture alone; with metadata in the recipe that isn't what is served, but one mode of it.
+    joined = metrics.get("modes")
+    alone = joined["each"]["image"] if joined else {"probability": metrics["probability"], **metrics["served"]}
+    thresholds = _thresholds(alone)
     served = _decisive(run, store, [one["logit"] for one in thresholds.values()])
     drawn = np.random.default_rng(0).choice(len(store), min(PARITY_LESIONS, len(store)), replace=False)
     rows = [*served, *(row for row in drawn.tolist() if row not in served)]
     info = {
         "name": recipe.name,
         "metrics": metrics,
-        "calibration": metrics["probability"],
+        "calibration": alone["probability"],
         "thresholds": thresholds,
         "inputs": keys.read_json(run / "inputs.json") if folds.holdout else _unknown(spec.size),
         "recipe": recipe.to_dict(),
@@ -51,6 +61,12 @@ def pack(run: Path) -> None:
         "data_licence": licences(store),
         "synthetic": store.info["synthetic"],
     }
+    more: dict[str, Any] = {}
+    reference, described = _reference_lesions()
+    if joined:
+        info["visit"] = _visit(metrics)
+        files = {f"{FOLDER}/{path.name}": path.read_bytes() for path in sorted((run / "stack").iterdir())}
+        more = {"files": files, "visit": described, "check": lambda predictor: _as_evaluated(run, store, predictor)}
     export_bundle(
         models,
         run / "bundle",
@@ -59,16 +75,74 @@ def pack(run: Path) -> None:
         parity_images=np.stack([pixels(store, int(row), spec) for row in rows]),
         tolerance=recipe.gate.parity,
         evaluated=np.array(list(served.values())),
-        reference=_reference_lesions(),
+        reference=reference,
         card=(run / "MODEL_CARD.md").read_text(),
         tta=recipe.training.tta,
+        **more,
     )
 
 
 def _thresholds(served: dict[str, Any]) -> dict[str, Any]:
     """The bands that could be vouched for."""
-    bands = served.get("thresholds", {})
+    bands = served.get("thresholds") or {}
     return {name: one for name, one in bands.items() if one["reached"] and bands["refer"]["reached"]}
+
+
+def _visit(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the bundle says of its modes: how each becomes a probability and a band, and what it is worth.
+
+    A patient's only lesion is among those that the served mode was tried on, so it has that one's thresholds. Without
+    a picture nothing is vouched for, so there are none.
+    """
+    each, served = metrics["modes"]["each"], metrics["modes"]["served"]
+    modes = {}
+    for name, found in each.items():
+        of = metrics["served"] if name.startswith("image_") else found if name == "image" else {}
+        probability = metrics["probability"] if name.startswith("image_") else found["probability"]
+        worth = {part: found.get(part) for part in ("out_of_fold", "holdout")}
+        modes[name] = {"calibration": probability, "thresholds": _thresholds(of), **worth}
+    return {"served": served, "modes": modes}
+
+
+def _as_evaluated(run: Path, store: Store, predictor: Predictor) -> dict[str, float]:
+    """Hold a bundle with metadata to the hold-out's scores, on whole patients, those of malignant lesions first.
+
+    A picture's logit differs from torch's in its last digits, which moves a tree's answer only across a split: so
+    most lesions must agree as pictures do, and all of them within what the reference lesions may differ by.
+    """
+    import numpy as np
+    import polars as pl
+
+    from lesionflow.data.images import to_pixels
+    from lesionflow.errors import GateRefused
+    from lesionflow.serving.predictor import SMOKE_TOLERANCE, VISIT_TOLERANCE
+    from lesionflow.serving.visit import Visits
+
+    path = run / "holdout.parquet"
+    table = pl.read_parquet(path if path.exists() else run / "oof.parquet")
+    if not path.exists():
+        return {}  # Out of fold each lesion has one pipeline's score, and the bundle gives the mean of all.
+    order = (
+        table.group_by("patient_group")
+        .agg(pl.col("target").max(), pl.len())
+        .sort("target", "patient_group", descending=[True, False])
+    )
+    kept = order.filter(pl.col("len").cum_sum() <= max(CHECKED_LESIONS, order["len"][0]))["patient_group"]
+    table = table.filter(pl.col("patient_group").is_in(kept.implode())).sort("isic_id")
+    place = {name: row for row, name in enumerate(store.ids)}
+    rows = [place[name] for name in table["isic_id"]]
+    pixels = np.stack([to_pixels(store.jpeg(row), predictor.spec) for row in rows])
+    raw, _ = predictor.logits(pixels)
+    scores = Visits(predictor).score(raw.astype(np.float64), store.table[rows])
+    off = np.abs(scores.fold_logits - np.array(table["fold_logits"].to_list())).max(1)
+    worst, usual = float(off.max()), float(np.quantile(off, 0.95))
+    if not (usual <= SMOKE_TOLERANCE and worst <= VISIT_TOLERANCE):
+        raise GateRefused(
+            f"parity: on {len(rows)} lesions with metadata the bundle's logits are {usual:.2g} (95 % of them) to "
+            f"{worst:.2g} off those that the thresholds were chosen on, and {SMOKE_TOLERANCE:g} and "
+            f"{VISIT_TOLERANCE:g} are allowed: nothing was exported; evaluate again on this machine"
+        )
+    return {"visit_max_abs": worst, "visit_95_percent": usual, "visit_count": len(rows)}
 
 
 def _unknown(size: int) -> dict[str, Any]:
@@ -91,13 +165,15 @@ def _decisive(run: Path, store: Store, thresholds: Sequence[float]) -> dict[int,
         return {}
     place = {name: row for row, name in enumerate(store.ids)}
     table = pl.read_parquet(run / "holdout.parquet").filter(pl.col("target") == 1)
+    if "image_logit" in table.columns:
+        table = table.with_columns(logit=pl.col("image_logit"))
     gaps = [(pl.col("logit") - one).abs() for one in thresholds] or [pl.col("logit")]
     table = table.sort(pl.min_horizontal(gaps), "isic_id").head(DECISIVE_LESIONS)
     return {place[name]: logit for name, logit in table.select("isic_id", "logit").iter_rows()}
 
 
-def _reference_lesions() -> list[tuple[str, bytes]]:
-    """Synthetic lesions for the bundle: never a patient's."""
+def _reference_lesions() -> tuple[list[tuple[str, bytes]], pl.DataFrame | None]:
+    """Synthetic lesions for the bundle, pictures and metadata: never a patient's."""
     import tempfile
 
     from lesionflow.data.source import open_source
@@ -107,7 +183,9 @@ def _reference_lesions() -> list[tuple[str, bytes]]:
         made = Path(folder) / "reference"
         synthesize(made, patients=4, lesions=REFERENCE_LESIONS, seed=7, prevalence=0.25, workers=1, progress=False)
         with open_source(made) as source:
-            return [(f"{name}.jpg", data) for name, data in source.images(source.ids)]
+            pictures = [(f"{name}.jpg", data) for name, data in source.images(source.ids)]
+            table = source.metadata
+            return pictures, None if table is None else table.select(c for c in table.columns if c in TEST_COLUMNS)
 
 
 def licences(store: Store) -> str:

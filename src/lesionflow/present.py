@@ -10,12 +10,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lesionflow import keys
 from lesionflow.errors import DataError
 from lesionflow.pack import licences
 from lesionflow.plan import data_of, recipe_of
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from lesionflow.data.store import Store
+    from lesionflow.serving.predictor import Predictor
 
 EXPLAINED_LESIONS = 64
 """Lesions on which the maps are tried."""
@@ -70,7 +76,8 @@ def explain(run: Path) -> list[str]:
     if cam_shape(predictor.bundle):
         # The most suspicious of the malignant lesions: only a raised logit can fall.
         table = pl.read_parquet(_unseen(run)).filter(pl.col("target") == 1)
-        table = table.sort("logit", "isic_id", descending=True).head(EXPLAINED_LESIONS)
+        by = "image_logit" if "image_logit" in table.columns else "logit"
+        table = table.sort(by, "isic_id", descending=True).head(EXPLAINED_LESIONS)
         place = {name: row for row, name in enumerate(store.ids)}
         pixels = np.stack([to_pixels(store.jpeg(place[name]), predictor.spec) for name in table["isic_id"]])
         tried = deletion(
@@ -122,7 +129,41 @@ def _gallery(run: Path) -> list[dict[str, Any]]:
     if not (run / "bundle").exists():
         raise DataError(f"{run}: has no bundle, which pictures are explained by; export it first (`lesionflow export`)")
     store, _ = data_of(run)
-    return gallery(store, pl.read_parquet(_unseen(run)), Predictor(run / "bundle"))
+    table, predictor = pl.read_parquet(_unseen(run)), Predictor(run / "bundle")
+    return gallery(store, table, predictor, reasons=_reasons(store, table, predictor))
+
+
+def _reasons(store: Store, table: pl.DataFrame, predictor: Predictor) -> dict[str, tuple[str, ...]]:
+    """What in each lesion's metadata moves its score, in words; empty where the bundle knows pictures alone."""
+    if not predictor.bundle.info.get("visit"):
+        return {}
+    from lesionflow.serving.visit import Visits
+
+    place = {name: row for row, name in enumerate(store.ids)}
+    described = store.table[[place[name] for name in table["isic_id"]]]
+    return dict(zip(table["isic_id"], Visits(predictor).explain(described), strict=True))
+
+
+def _tabular(run: Path) -> dict[str, Any] | None:
+    """What the boosted trees look at, and how they were joined with the pictures; None without metadata."""
+    if not (run / "stack").exists():
+        return None
+    from lesionflow.data.features import catalogue
+    from lesionflow.models.stack import Joined
+
+    recipe, joined = recipe_of(run), Joined.load(lambda name: (run / "stack" / name).read_bytes())
+    shares = joined.importances()
+    return {
+        "importances": [
+            {"name": one.name, "block": one.block, "why": one.why, "share": shares[one.name]}
+            for one in catalogue(joined.blocks)
+            if one.name in shares
+        ],
+        "choices": joined.choices,
+        "members": {kind: getattr(recipe.tabular, kind) for kind in ("lightgbm", "catboost", "xgboost")},
+        "blocks": list(joined.blocks),
+        "missing": recipe.tabular.missing,
+    }
 
 
 def _context(run: Path) -> dict[str, Any]:
@@ -142,5 +183,6 @@ def _context(run: Path) -> dict[str, Any]:
         "versions": keys.read_json(run / "run.json")["versions"],
         "gate": keys.read_json(run / "gate.json") if (run / "gate.json").exists() else None,
         "curves": pl.read_csv(run / "metrics.csv", infer_schema_length=None).to_dicts() if curves else [],
+        "tabular": _tabular(run),
         "explain": keys.read_json(run / "explain.json") if (run / "explain.json").exists() else None,
     }

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from lesionflow.export.graph import OPSET, graph_bytes, map_shape, networks
 from lesionflow.keys import atomic, write_json, write_text
 from lesionflow.serving.explain import cams
 from lesionflow.serving.predictor import Predictor
+
+if TYPE_CHECKING:
+    import polars as pl
 
 MAP_LESIONS = 8
 """Parity lesions on which maps are compared: by the gradient they cost three times what logits do."""
@@ -51,6 +54,9 @@ def export_bundle(
     card: str | None = None,
     tta: str = "none",
     evaluated: NDArray[np.float64] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    visit: pl.DataFrame | None = None,
+    check: Callable[[Predictor], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Write the bundle `out` and return its parity figures, size and timing.
 
@@ -60,6 +66,10 @@ def export_bundle(
     `parity_images` is uint8 [N, S, S, 3]. `reference` are (file name, PNG or JPEG bytes) of synthetic
     lesions, kept in the bundle with the answers. `tta` "flips" averages over four mirror images.
     `evaluated` are the logits that the first so many parity images had when thresholds were chosen.
+
+    Where `info` has a `visit`, `files` (by name) are the trees it needs, `visit` the metadata of the reference
+    lesions, in their order, and `check` compares the finished bundle's answers with what was evaluated: its figures
+    join those of parity, and it raises `GateRefused` if they are too far apart.
 
     Where the models' class-activation maps are exact (`graph.map_shape`) the graph gives them as `cam`, and
     `graph.outputs` in bundle.json lists it; for other networks there is none.
@@ -81,14 +91,19 @@ def export_bundle(
         seconds = time.perf_counter() - started
         content = _content(info, spec, len(members), tta, maps)
         write_json(work / INFO, content)
+        for name, data in (files or {}).items():
+            with atomic(work / name) as file:
+                file.write(data)
         predictor = Predictor(Bundle.open(work, verify=False))
         parity = _parity(members, predictor, parity_images, tolerance, spec, tta, evaluated)
         if maps:
             parity["cam_max_abs"] = _map_parity(members, predictor, parity_images[:MAP_LESIONS], tolerance, spec, tta)
+        if check is not None:
+            parity |= check(predictor)
         content["parity"] = parity
         write_json(work / INFO, content)
         write_text(work / CARD, card if card is not None else _plain_card(content))
-        _write_reference(work, predictor, reference)
+        _write_reference(work, predictor, reference, visit)
         write_manifest(work)
         bundle = Bundle.open(work)
         _replace(work, out)
@@ -215,8 +230,10 @@ def _torch_maps(
     return np.asarray(torch.stack(maps).sum(0).numpy())
 
 
-def _write_reference(work: Path, predictor: Predictor, reference: Sequence[tuple[str, bytes]]) -> None:
-    """The reference lesions and the predictor's answers about them."""
+def _write_reference(
+    work: Path, predictor: Predictor, reference: Sequence[tuple[str, bytes]], visit: pl.DataFrame | None
+) -> None:
+    """The reference lesions and the predictor's answers about them, of each by its picture and of all as a visit."""
     answers = []
     for name, data in reference:
         with atomic(work / "reference" / name) as file:
@@ -225,7 +242,15 @@ def _write_reference(work: Path, predictor: Predictor, reference: Sequence[tuple
         if not np.isfinite(logit).all():
             raise GateRefused(f"reference/{name}: the model's answer is not a number: nothing was exported")
         answers.append({"file": name, "logit": float(logit[0]), "fold_logits": fold_logits[0].tolist()})
-    write_json(work / ANSWERS, {"answers": answers, "notice": NOTICE})
+    stored: dict[str, Any] = {"answers": answers, "notice": NOTICE}
+    if visit is not None:
+        from lesionflow.serving.visit import Visits
+
+        given = Visits(predictor).predict([data for _, data in reference], visit, with_reasons=False)
+        for entry, answer in zip(answers, given, strict=True):
+            entry |= {"visit_mode": answer.mode, "visit_fold_logits": list(answer.fold_logits)}
+        stored["visit"] = visit.to_dicts()
+    write_json(work / ANSWERS, stored)
 
 
 def _content(

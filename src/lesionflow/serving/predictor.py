@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 SMOKE_TOLERANCE = 1e-3
 """Largest logit difference to the stored answers: another CPU may add in another order, another model may not pass."""
 
+VISIT_TOLERANCE = 0.05
+"""The same for a fold's trees: a picture's logit that differs in its last digits can fall on a split's other side."""
+
 CANNOT_JUDGE = "cannot judge"
 """The band of a picture unlike those that the model was tried on: a person has to look."""
 
@@ -132,7 +135,26 @@ class Predictor:
                     f"{SMOKE_TOLERANCE:g} is allowed: don't serve this bundle on this machine, export it again"
                 )
             worst = max(worst, off)
+        if rows := self.bundle.visit():
+            worst = max(worst, self._smoke_visit(stored, rows))
         return {"count": len(stored), "max_abs": worst}
+
+    def _smoke_visit(self, stored: list[dict[str, Any]], rows: list[dict[str, Any]]) -> float:
+        """The same for all of them as one set with metadata."""
+        import polars as pl
+
+        from lesionflow.serving.visit import Visits
+
+        pictures = [self.bundle.read(f"reference/{entry['file']}") for entry in stored]
+        answers = Visits(self).predict(pictures, pl.DataFrame(rows, infer_schema_length=None), with_reasons=False)
+        expected = np.array([entry["visit_fold_logits"] for entry in stored])
+        off = float(np.abs(np.array([answer.fold_logits for answer in answers]) - expected).max())
+        if not off <= VISIT_TOLERANCE:
+            raise GateRefused(
+                f"{self.bundle.path}: with metadata, the reference lesions' logits are {off:.2g} off the stored "
+                f"answers, and at most {VISIT_TOLERANCE:g} is allowed: don't serve this bundle on this machine"
+            )
+        return off
 
 
 def sigmoid(z: float) -> float:

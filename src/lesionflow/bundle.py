@@ -198,9 +198,7 @@ def _check_thresholds(thresholds: Any, where: str) -> None:
         if not isinstance(threshold, dict) or not _finite(threshold.get("logit")):
             raise DataError(f"{where}.{name} needs a finite `logit`: export the bundle again")
     if "low" in thresholds and not ("refer" in thresholds and _logit(thresholds, "low") <= _logit(thresholds, "refer")):
-        raise DataError(
-            f"{where}.low needs a {where.split(': ')[-1]}.refer that isn't under it: export the bundle again"
-        )
+        raise DataError(f"{where}.low needs a thresholds.refer that isn't under it: export the bundle again")
 
 
 def _check_visit(visit: Any, where: str) -> None:

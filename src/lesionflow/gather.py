@@ -143,14 +143,16 @@ def _joined(
     return oof, holdout
 
 
-def _with_modes(table: pl.DataFrame, scores: Mapping[str, NDArray[np.float64]], known: NDArray[np.bool_]) -> pl.DataFrame:
+def _with_modes(
+    table: pl.DataFrame, scores: Mapping[str, NDArray[np.float64]], known: NDArray[np.bool_]
+) -> pl.DataFrame:
     """The table with `<mode>_logit` (and, of [n, K] scores, `<mode>_fold_logits`) and `logit`, what is served.
 
     A lesion without metadata is served its picture's score.
     """
     import polars as pl
 
-    served = [mode for mode in scores][-1]
+    served = list(scores)[-1]
     for mode, found in scores.items():
         if found.ndim == 2:
             table = table.with_columns(pl.Series(f"{mode}_fold_logits", list(found), dtype=pl.List(pl.Float64)))

@@ -5,7 +5,7 @@
     graph = bundle.read("image.onnx")             # the very bytes that were checked
 
     bundle.json      what the model is and how it did: see `check_info`
-    image.onnx       uint8 NHWC `image` [B, S, S, 3] in; float32 `fold_logits` [B, K] and `logit` [B] out
+    image.onnx       (but where metadata alone is known) uint8 NHWC `image` [B, S, S, 3] in; float32 `fold_logits` [B, K] and `logit` [B] out
     tabular/         where metadata is used: boosted trees as text, and `stack.json`, how they join the pictures
     MODEL_CARD.md    the same for people
     reference/       synthetic lesions and `answers.json`, what the model said about them
@@ -67,8 +67,10 @@ class Bundle:
         if not (path / INFO).is_file():
             raise DataError(f"{path}: not a bundle, it has no {INFO}: point to the folder that the export wrote")
         hashes = check_files(path) if verify else {}
-        bundle = cls(path, {}, hashes)
-        return cls(path, check_info(_json(bundle.read(INFO), path / INFO), str(path / INFO)), hashes)
+        bundle = cls(path, check_info(_json(cls(path, {}, hashes).read(INFO), path / INFO), str(path / INFO)), hashes)
+        if verify and bundle.pictures and GRAPH not in hashes:
+            raise DataError(f"{path}: the manifest has no {GRAPH}, so this is no bundle: export it again")
+        return bundle
 
     @property
     def name(self) -> str:
@@ -78,6 +80,11 @@ class Bundle:
     @property
     def spec(self) -> PreprocessSpec:
         return PreprocessSpec.from_dict(self.info["preprocess"])
+
+    @property
+    def pictures(self) -> bool:
+        """Whether there is a graph that scores pictures; else the bundle knows metadata alone."""
+        return self.info["graph"].get("file", GRAPH) is not None
 
     @property
     def models(self) -> int:
@@ -138,9 +145,8 @@ def check_files(path: Path) -> dict[str, str]:
     for name, digest in actual.items():
         if digest != listed[name]:
             raise DataError(f"{path / name}: changed, its SHA-256 isn't the manifest's: restore the bundle")
-    for name in (INFO, GRAPH):
-        if name not in listed:
-            raise DataError(f"{path}: the manifest has no {name}, so this is no bundle: export it again")
+    if INFO not in listed:
+        raise DataError(f"{path}: the manifest has no {INFO}, so this is no bundle: export it again")
     for name in listed:
         if name.endswith(".onnx"):
             check_self_contained((path / name).read_bytes(), str(path / name))
@@ -182,6 +188,8 @@ def check_info(info: Any, where: str) -> dict[str, Any]:
         if not good:
             raise DataError(f"{where}: {field} can't be {info.get(field)!r}: export the bundle again")
     _check_thresholds(info.get("thresholds"), f"{where}: thresholds")
+    if "visit" not in info and info["graph"].get("file", GRAPH) is None:
+        raise DataError(f"{where}: neither a graph nor a visit, so it can't score anything: export the bundle again")
     if "visit" in info:
         _check_visit(info["visit"], f"{where}: visit")
     if not isinstance(info.get("inputs", {}), dict):

@@ -41,18 +41,7 @@ def gather(run: Path, *, progress: bool = False) -> None:
     import polars as pl
 
     store, folds = data_of(run)
-    parts = {name: [_scores(run, folds, k, name) for k in range(folds.count)] for name in ("oof", "holdout")}
-    for k, part in enumerate(parts["oof"]):
-        if (part["fold"] != k).any():
-            raise DataError(f"{run}/fold-{k}/oof.parquet: scores of another fold; delete the folder and train again")
-    oof, holdout = pl.concat(parts["oof"]).sort("isic_id"), None
-    if folds.holdout:
-        # What is served is the mean of the folds' models, and none of them has seen these patients.
-        logit = pl.col("logit")
-        served = pl.concat(parts["holdout"]).group_by("isic_id", maintain_order=True)
-        mean = served.agg(fold_logits=logit, logit=logit.mean())
-        table = parts["holdout"][0].drop("logit").join(mean, on="isic_id").sort("isic_id")
-        holdout = _judged(run, table, store, progress)
+    oof, holdout = _pictures(run, store, folds, progress) if store.pictures else _unscored(store, folds)
     shutil.rmtree(run / "stack", ignore_errors=True)
     if recipe_of(run).tabular.members:
         oof, holdout = _joined(run, store, folds, oof, holdout, progress)
@@ -60,8 +49,39 @@ def gather(run: Path, *, progress: bool = False) -> None:
     if holdout is not None:
         _write_scores(run / "holdout.parquet", holdout, store, len(folds.holdout_rows()))
     else:
-        for name in ("holdout.parquet", "inputs.json"):
-            (run / name).unlink(missing_ok=True)
+        (run / "holdout.parquet").unlink(missing_ok=True)
+    if holdout is None or not store.pictures:
+        (run / "inputs.json").unlink(missing_ok=True)
+
+
+def _pictures(run: Path, store: Store, folds: Folds, progress: bool) -> tuple[pl.DataFrame, pl.DataFrame | None]:
+    """The pictures' scores, out of fold and of the hold-out, by id; writes `inputs.json`."""
+    import polars as pl
+
+    parts = {name: [_scores(run, folds, k, name) for k in range(folds.count)] for name in ("oof", "holdout")}
+    for k, part in enumerate(parts["oof"]):
+        if (part["fold"] != k).any():
+            raise DataError(f"{run}/fold-{k}/oof.parquet: scores of another fold; delete the folder and train again")
+    oof = pl.concat(parts["oof"]).sort("isic_id")
+    if not folds.holdout:
+        return oof, None
+    # What is served is the mean of the folds' models, and none of them has seen these patients.
+    logit = pl.col("logit")
+    mean = pl.concat(parts["holdout"]).group_by("isic_id").agg(fold_logits=logit, logit=logit.mean())
+    table = parts["holdout"][0].drop("logit").join(mean, on="isic_id").sort("isic_id")
+    return oof, _judged(run, table, store, progress)
+
+
+def _unscored(store: Store, folds: Folds) -> tuple[pl.DataFrame, pl.DataFrame | None]:
+    """The same tables without scores, for data without pictures."""
+    import polars as pl
+
+    table = (
+        pl.DataFrame({"isic_id": store.ids, "patient_group": store.groups, "target": store.targets, "fold": folds.fold})
+        .with_columns(fold_hash=pl.lit(folds.hash))
+        .sort("isic_id")
+    )
+    return table.filter(pl.col("fold") >= 0), table.filter(pl.col("fold") < 0) if folds.holdout else None
 
 
 def _scores(run: Path, folds: Folds, k: int, name: str) -> pl.DataFrame:
@@ -128,9 +148,11 @@ def _joined(
     def part(matrix: Matrix | None, chosen: NDArray[np.int64]) -> Matrix | None:
         return None if matrix is None else Matrix(matrix.names, matrix.values[chosen])
 
+    none = np.zeros((0, folds.count))
+    picture_logits = none if holdout is None or not store.pictures else np.array(holdout["fold_logits"].to_list())
     stacked = fit_stack(
-        oof["logit"].to_numpy(),
-        np.array(holdout["fold_logits"].to_list()) if holdout is not None else np.zeros((0, folds.count)),
+        oof["logit"].to_numpy() if store.pictures else None,
+        picture_logits if store.pictures else None,
         part(record, rows), part(visit, rows), part(record, held), part(visit, held), alone[rows], alone[held],
         oof["target"].to_numpy(), oof["fold"].to_numpy(),
         tabular=recipe.tabular, stack=recipe.stack, seed=recipe.seed,
@@ -158,7 +180,9 @@ def _with_modes(
             table = table.with_columns(pl.Series(f"{mode}_fold_logits", list(found), dtype=pl.List(pl.Float64)))
             found = found.mean(1)
         table = table.with_columns(pl.Series(f"{mode}_logit", found))
-    columns = ["logit", "fold_logits"] if "fold_logits" in table.columns else ["logit"]
+    columns = ["logit", "fold_logits"] if f"{served}_fold_logits" in table.columns else ["logit"]
+    if "image" not in scores:
+        return table.with_columns(pl.col(f"{served}_{name}").alias(name) for name in columns)
     return table.with_columns(
         pl.when(pl.Series(known)).then(pl.col(f"{served}_{name}")).otherwise(pl.col(f"image_{name}")).alias(name)
         for name in columns

@@ -44,9 +44,11 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "stack": (
         "data/images.py",
         "data/features.py",
+        "data/derived.py",
+        "data/context.py",
         "data/neighbours.py",
-        "models/tabular.py",
-        "models/stack.py",
+        "data/missingness.py",
+        "models",
         "serving/inputs.py",
         "gather.py",
     ),
@@ -76,7 +78,7 @@ def plan_keys(recipe: Recipe, fingerprint: str, incumbent: str = "") -> dict[str
     for step in STEPS[:-2]:
         part = {name: values[name] for name in _SECTIONS[step]}
         if step == "prepare":
-            part = {"skip_corrupt": recipe.image.skip_corrupt}
+            part = {"skip_corrupt": recipe.image.skip_corrupt, "pictures": recipe.model.per_fold > 0}
         if step == "train" and (weights := Path(recipe.model.weights)).is_file():
             part["weights"] = keys.file_hash(weights)
         inputs = {"before": before, "incumbent": incumbent if step == "gate" else ""}

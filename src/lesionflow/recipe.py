@@ -99,8 +99,9 @@ class Model:
     freeze: int = bound(0, 0, 50)
     """Stages kept at their pretrained weights and statistics, counted from the input (1: the stem):
     cheaper steps, and less to overfit with few malignant lesions."""
-    per_fold: int = bound(1, 1, 20)
-    """Independently seeded models per fold, whose logits are averaged."""
+    per_fold: int = bound(1, 0, 20)
+    """Independently seeded models per fold, whose logits are averaged; 0: none, for data without pictures, and then
+    the metadata alone is learned from (`tabular`)."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,11 @@ class Recipe:
         if not re.fullmatch(NAME, recipe.name):
             raise UsageError(
                 f"{where}: name must be of letters, digits, dots, dashes, underscores, got {recipe.name!r}"
+            )
+        if not recipe.model.per_fold and not recipe.tabular.members:
+            raise UsageError(
+                f"{where}: neither a picture's model (model.per_fold) nor one of the metadata (tabular.lightgbm): "
+                "nothing to train; set one of them to at least 1"
             )
         if (low := recipe.evaluation.low_sensitivity) < recipe.evaluation.sensitivity:
             raise UsageError(

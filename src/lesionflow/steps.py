@@ -45,7 +45,10 @@ def prepare(run: Path, data: Path, key: str, *, progress: bool = False) -> Path:
     recipe = recipe_of(run)
     with step(run, "prepare", key, lambda: ["store"]) as needed:
         if needed:
-            store.prepare(data, run / "store", skip_corrupt=recipe.image.skip_corrupt, progress=progress)
+            store.prepare(
+                data, run / "store",
+                skip_corrupt=recipe.image.skip_corrupt, pictures=recipe.model.per_fold > 0, progress=progress,
+            )  # fmt: skip
     return run / "store"
 
 
@@ -82,11 +85,15 @@ def train(
 ) -> None:
     """Train folds (all by default) -> `fold-<k>/` with weights and held-out scores, continuing what was begun.
 
+    Without a model of pictures (`model.per_fold = 0`) there is nothing to do here: trees are grown by `stack`.
     A model that another recipe left half-trained is refused (`DataError`), or with `anew` started again.
     """
     from lesionflow.data.folds import Folds
     from lesionflow.training import launch
 
+    if not recipe_of(run).model.per_fold:
+        with step(run, "train", key, lambda: []):
+            return
     count = Folds.load(run / "folds.parquet").count
     wanted = list(range(count)) if folds is None else list(folds)
     if wrong := [k for k in wanted if not 0 <= k < count]:

@@ -86,6 +86,11 @@ class Store:
         """The metadata, N rows in store order."""
         return pl.DataFrame(self._metadata)
 
+    @property
+    def pictures(self) -> bool:
+        """Whether lesions have images."""
+        return bool(self.info.get("pictures", True))
+
     @cached_property
     def ids(self) -> list[str]:
         return self.table["isic_id"].to_list()
@@ -117,16 +122,19 @@ def prepare(
     *,
     part: str = "train",
     skip_corrupt: bool = False,
+    pictures: bool = True,
     progress: bool = False,
 ) -> Store:
     """Stream a data set directory into a store at `out`, replacing what is there only when complete.
+
+    Without `pictures` only the metadata is read, and every image is empty.
 
     Checks that every metadata row has an image whose header can be read and raises `DataError`
     naming the ids otherwise. With `skip_corrupt` every image is decoded once, and rows whose image
     is missing or damaged are left out and listed in `store.json`.
     """
     with open_source(directory, part) as source:
-        metadata, skipped = _rows(source, part, skip_corrupt)
+        metadata, skipped = _rows(source, part, skip_corrupt, pictures)
         arrow = metadata.to_arrow(compat_level=pl.CompatLevel.oldest())
         columns = pa.schema([*arrow.schema, pa.field("image", pa.large_binary())])
         content = _Content(metadata.columns)
@@ -136,11 +144,14 @@ def prepare(
         # Without this a kill between the two files would leave new rows under the old hash.
         (out / "store.json").unlink(missing_ok=True)
         with atomic(out / "lesions.arrow") as file, pa.ipc.new_file(file, columns) as writer:
-            images = track(_readable(source, ids, skip_corrupt), "prepare", total=len(ids), show=progress)
+            found = _readable(source, ids, skip_corrupt) if pictures else ((name, b"") for name in ids)
+            images = track(found, "prepare", total=len(ids), show=progress)
             batch: list[bytes] = []
             start = 0
             for row, (isic_id, data) in enumerate(images):
-                problem = "can't be read" if data is None else _problem(data, thorough=skip_corrupt)
+                problem = "can't be read" if data is None else None
+                if data is not None and pictures:
+                    problem = _problem(data, thorough=skip_corrupt)
                 if problem and not skip_corrupt:
                     raise DataError(
                         f"image {isic_id}: {problem}; `lesionflow data check` lists all such images, "
@@ -166,6 +177,7 @@ def prepare(
             if "patient_id" in targets.columns
             else 0,
             "skipped": skipped,
+            "pictures": pictures,
             "synthetic": (directory / "truth.json").exists(),
         }
         write_json(out / "store.json", info)
@@ -200,8 +212,8 @@ class _Content:
         return hashlib.sha256(self._cells.digest() + self._images.digest()).hexdigest()
 
 
-def _rows(source: Source, part: str, skip_corrupt: bool) -> tuple[pl.DataFrame, list[str]]:
-    """Metadata rows that have an image, in order, and the ids of those that have none."""
+def _rows(source: Source, part: str, skip_corrupt: bool, pictures: bool) -> tuple[pl.DataFrame, list[str]]:
+    """Metadata rows that have an image (or all, without `pictures`), in order, and the ids of those that have none."""
     if source.metadata is None:
         if part == "train":
             raise DataError(f"{source.directory}: no {part}-metadata.csv; training needs isic_id and target")
@@ -215,6 +227,8 @@ def _rows(source: Source, part: str, skip_corrupt: bool) -> tuple[pl.DataFrame, 
         raise DataError(f"{part}-metadata.csv: no rows")
     if part == "train" and (unlabelled := metadata.filter(pl.col("target").is_null())["isic_id"].to_list()):
         raise DataError(f"train-metadata.csv: {len(unlabelled)} rows without a target, first {unlabelled[:3]}")
+    if not pictures:
+        return metadata, []
     have = set(source.image_ids())
     lost = [i for i in metadata["isic_id"].to_list() if i not in have]
     if lost and not skip_corrupt:

@@ -105,6 +105,9 @@ def duplicates(
     for the hold-out, null where a patient is unknown). Of images that are equal byte for byte within a fold one is
     compared. How near-duplicates are found, and what escapes, is said in `data.duplicates`.
     """
+    if not store.pictures:
+        none = {"count": None, "checked": 0, "pairs": [], "reason": "the lesions have no pictures"}
+        return {"exact_duplicates": none, "near_duplicates": none}
     same: dict[bytes, list[int]] = defaultdict(list)
     for row in track(range(len(store)), "hash images", total=len(store), show=progress):
         same[hashlib.blake2b(store.jpeg(row), digest_size=16).digest()].append(row)

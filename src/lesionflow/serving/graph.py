@@ -118,6 +118,32 @@ class Graph:
                 )
 
 
+class NoGraph:
+    """In place of the graph of a bundle that knows metadata alone: takes no picture."""
+
+    parallel = 1
+    cam_shape = None
+    has_cam = False
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._where, self._models = bundle.path, bundle.models
+
+    def logits(self, pixels: Pixels) -> tuple[Floats, Floats]:
+        """Empty for no pixels. Raises `UsageError` for any."""
+        if len(pixels):
+            raise UsageError(f"{self._where}: knows metadata alone, no pictures: give it the lesions' metadata instead")
+        return np.zeros((0, self._models), np.float32), np.zeros(0, np.float32)
+
+    def explained(self, pixels: Pixels) -> tuple[Floats, Floats, Floats]:
+        raise self._no_maps()
+
+    def require_maps(self) -> None:
+        raise self._no_maps()
+
+    def _no_maps(self) -> UsageError:
+        return UsageError(f"{self._where}: knows metadata alone, so there are no maps of pictures")
+
+
 def cam_shape(bundle: Bundle) -> tuple[int, int] | None:
     """Height and width of the maps that bundle.json says the graph gives, None if it gives none.
 

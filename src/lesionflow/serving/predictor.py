@@ -25,7 +25,7 @@ from lesionflow.data.source import Source, open_source
 from lesionflow.errors import DataError, GateRefused, ImageError
 from lesionflow.keys import atomic
 from lesionflow.progress import track
-from lesionflow.serving.graph import Floats, Graph
+from lesionflow.serving.graph import Floats, Graph, NoGraph
 
 if TYPE_CHECKING:
     import polars as pl
@@ -73,7 +73,7 @@ class Predictor:
         """
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.spec = self.bundle.spec
-        self.graph = graph or Graph(self.bundle, threads)
+        self.graph = graph or (Graph(self.bundle, threads) if self.bundle.pictures else NoGraph(self.bundle))
         calibration = self.bundle.info["calibration"]
         self._a, self._b = float(calibration["a"]), float(calibration["b"])
 
@@ -120,7 +120,7 @@ class Predictor:
         """
         stored = self.bundle.answers()
         worst = 0.0
-        for entry in stored:
+        for entry in stored if self.bundle.pictures else []:
             where = self.bundle.path / "reference" / entry["file"]
             try:
                 (answer,) = self.predict([self.bundle.read(f"reference/{entry['file']}")])
@@ -145,7 +145,9 @@ class Predictor:
 
         from lesionflow.serving.visit import Visits
 
-        pictures = [self.bundle.read(f"reference/{entry['file']}") for entry in stored]
+        pictures = [
+            self.bundle.read(f"reference/{entry['file']}") if self.bundle.pictures else None for entry in stored
+        ]
         answers = Visits(self).predict(pictures, pl.DataFrame(rows, infer_schema_length=None), with_reasons=False)
         expected = np.array([entry["visit_fold_logits"] for entry in stored])
         off = float(np.abs(np.array([answer.fold_logits for answer in answers]) - expected).max())
@@ -202,7 +204,8 @@ def predict_files(
         ids = source.ids
         if len(set(ids)) != len(ids):
             raise DataError(f"{images}: an isic_id has more than one row: run `lesionflow data check`, keep one")
-        for isic_id, found in track(_score(predictor, source, skip_corrupt), "predict", total=len(ids), show=progress):
+        pictures = _score(predictor, source, skip_corrupt) if predictor.bundle.pictures else iter(())
+        for isic_id, found in track(pictures, "predict", total=len(ids), show=progress and predictor.bundle.pictures):
             if isinstance(found, str):
                 skipped.append({"isic_id": isic_id, "reason": found})
             else:

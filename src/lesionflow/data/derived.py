@@ -56,7 +56,7 @@ _NUMBERS: dict[str, tuple[str, str, str, str, str]] = {
     "tbp_lv_Lext": ("CIELAB L*", "skin", "", "", "lightness of the skin around"),
     "tbp_lv_areaMM2": ("mm2", "size", "larger", "smaller", "area"),
     "tbp_lv_area_perim_ratio": ("1", "border", "more jagged", "smoother", "perimeter squared over area"),
-    "tbp_lv_color_std_mean": ("CIELAB", "colour", "more varied in colour", "more even in colour", "colour irregularity"),
+    "tbp_lv_color_std_mean": ("CIELAB", "colour", "more varied in colour", "more even in colour", "irregularity"),
     "tbp_lv_deltaA": ("CIELAB a*", "colour", "redder", "less red", "redness against the skin around"),
     "tbp_lv_deltaB": ("CIELAB b*", "colour", "yellower", "bluer", "yellowness against the skin around"),
     "tbp_lv_deltaL": ("CIELAB L*", "darkness", "lighter", "darker", "lightness against the skin around"),
@@ -64,7 +64,7 @@ _NUMBERS: dict[str, tuple[str, str, str, str, str]] = {
     "tbp_lv_deltaLBnorm": ("CIELAB", "darkness", "more contrasted", "fainter", "contrast in L and b, normalised"),
     "tbp_lv_eccentricity": ("1", "shape", "more elongated", "rounder", "of the fitted ellipse"),
     "tbp_lv_minorAxisMM": ("mm", "size", "larger", "smaller", "smallest diameter"),
-    "tbp_lv_nevi_confidence": ("%", "naevus", "more naevus-like", "less naevus-like", "the scanner's naevus classifier"),
+    "tbp_lv_nevi_confidence": ("%", "naevus", "more naevus-like", "less naevus-like", "the scanner's classifier"),
     "tbp_lv_norm_border": ("0-10", "border", "more irregular in its border", "more regular in its border",
                            "border irregularity and asymmetry"),
     "tbp_lv_norm_color": ("0-10", "colour", "more varied in colour", "more even in colour", "colour variation"),
@@ -103,7 +103,13 @@ _FLAGS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
 _BINARY: dict[str, tuple[str, str, str, str, str]] = {
     # feature: column, cell that is 1, cell that is 0, concept, why
     "male": ("sex", "male", "female", "sex", "men have more melanomas of the trunk"),
-    "tile_white": ("tbp_tile_type", "3D: white", "3D: XP", "tile", "white light shows colours otherwise than polarised"),
+    "tile_white": (
+        "tbp_tile_type",
+        "3D: white",
+        "3D: XP",
+        "tile",
+        "white light shows colours otherwise than polarised",
+    ),
 }
 
 
@@ -256,7 +262,8 @@ _DERIVED: tuple[_Row, ...] = (
      lambda v: v["contrast"] * v["size"]),
     ("size_by_age", "size age", "mm years", "a large lesion late in life", "size", "", "",
      lambda v: v["size"] * v["age"]),
-    ("size_to_age", "size / age", "mm/years", "large for the age", "size", "", "", lambda v: ratio(v["size"], v["age"])),
+    ("size_to_age", "size / age", "mm/years", "large for the age", "size", "", "",
+     lambda v: ratio(v["size"], v["age"])),
     ("asymmetry_by_age", "symm age", "years", "an irregular lesion late in life", "shape", "", "",
      lambda v: v["symm"] * v["age"]),
     ("naevus_to_age", "nevi / age", "%/years", "naevi appear before 40", "naevus", "", "",

@@ -38,7 +38,6 @@ DESCRIBED = (
 
 def gather(run: Path, *, progress: bool = False) -> None:
     """Write `OUTPUTS`, as far as the recipe has them. Raises `DataError` for scores that don't belong here."""
-    import polars as pl
 
     store, folds = data_of(run)
     oof, holdout = _pictures(run, store, folds, progress) if store.pictures else _unscored(store, folds)

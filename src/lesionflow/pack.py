@@ -38,23 +38,28 @@ def pack(run: Path) -> None:
 
     recipe, (store, folds) = recipe_of(run), data_of(run)
     metrics = keys.read_json(run / "metrics.json")
-    models = [
-        Members([load_network(path, recipe) for path in paths]) for paths in fold_weights(run, recipe, folds.count)
-    ]
     spec = preprocess_spec(recipe)
+    models, rows, served = [], list[int](), dict[int, float]()
     # The graph answers for a picture alone; with metadata in the recipe that isn't what is served, but one mode of it.
     joined = metrics.get("modes")
-    alone = joined["each"]["image"] if joined else {"probability": metrics["probability"], **metrics["served"]}
+    alone = {"probability": metrics["probability"], **metrics["served"]}
+    if joined:
+        alone = joined["each"].get("image", {"probability": metrics["probability"]})
     thresholds = _thresholds(alone)
-    served = _decisive(run, store, [one["logit"] for one in thresholds.values()])
-    drawn = np.random.default_rng(0).choice(len(store), min(PARITY_LESIONS, len(store)), replace=False)
-    rows = [*served, *(row for row in drawn.tolist() if row not in served)]
+    if store.pictures:
+        models = [
+            Members([load_network(path, recipe) for path in paths]) for paths in fold_weights(run, recipe, folds.count)
+        ]
+        served = _decisive(run, store, [one["logit"] for one in thresholds.values()])
+        drawn = np.random.default_rng(0).choice(len(store), min(PARITY_LESIONS, len(store)), replace=False)
+        rows = [*served, *(row for row in drawn.tolist() if row not in served)]
     info = {
         "name": recipe.name,
         "metrics": metrics,
         "calibration": alone["probability"],
         "thresholds": thresholds,
-        "inputs": keys.read_json(run / "inputs.json") if folds.holdout else _unknown(spec.size),
+        "inputs": keys.read_json(run / "inputs.json") if (run / "inputs.json").exists() else _unknown(spec.size),
+        "models": folds.count,
         "recipe": recipe.to_dict(),
         "data_hash": store.hash,
         "fold_hash": folds.hash,
@@ -72,7 +77,7 @@ def pack(run: Path) -> None:
         run / "bundle",
         spec=spec,
         info=info,
-        parity_images=np.stack([pixels(store, int(row), spec) for row in rows]),
+        parity_images=np.stack([pixels(store, row, spec) for row in rows]) if rows else np.zeros((0,), np.uint8),
         tolerance=recipe.gate.parity,
         evaluated=np.array(list(served.values())),
         reference=reference,
@@ -97,8 +102,10 @@ def _visit(metrics: dict[str, Any]) -> dict[str, Any]:
     each, served = metrics["modes"]["each"], metrics["modes"]["served"]
     modes = {}
     for name, found in each.items():
-        of = metrics["served"] if name.startswith("image_") else found if name == "image" else {}
-        probability = metrics["probability"] if name.startswith("image_") else found["probability"]
+        # Without any picture in the data metadata alone is what is served, and vouched for.
+        whole = name.startswith("image_") or "image" not in each
+        of = metrics["served"] if whole else found if name == "image" else {}
+        probability = metrics["probability"] if whole else found["probability"]
         worth = {part: found.get(part) for part in ("out_of_fold", "holdout")}
         modes[name] = {"calibration": probability, "thresholds": _thresholds(of), **worth}
     return {"served": served, "modes": modes}
@@ -131,8 +138,9 @@ def _as_evaluated(run: Path, store: Store, predictor: Predictor) -> dict[str, fl
     table = table.filter(pl.col("patient_group").is_in(kept.implode())).sort("isic_id")
     place = {name: row for row, name in enumerate(store.ids)}
     rows = [place[name] for name in table["isic_id"]]
-    pixels = np.stack([to_pixels(store.jpeg(row), predictor.spec) for row in rows])
-    raw, _ = predictor.logits(pixels)
+    raw = np.full((len(rows), predictor.bundle.models), np.nan)
+    if store.pictures:
+        raw, _ = predictor.logits(np.stack([to_pixels(store.jpeg(row), predictor.spec) for row in rows]))
     scores = Visits(predictor).score(raw.astype(np.float64), store.table[rows])
     off = np.abs(scores.fold_logits - np.array(table["fold_logits"].to_list())).max(1)
     worst, usual = float(off.max()), float(np.quantile(off, 0.95))

@@ -70,9 +70,12 @@ def explain(run: Path) -> list[str]:
     from lesionflow.serving.predictor import Predictor
 
     store, _ = data_of(run)
+    (run / "explain.json").unlink(missing_ok=True)
+    if not store.pictures:
+        report(run)
+        return ["report.html"]
     predictor = Predictor(run / "bundle")
     written = ["gallery.html", "report.html"]
-    (run / "explain.json").unlink(missing_ok=True)
     if cam_shape(predictor.bundle):
         # The most suspicious of the malignant lesions: only a raised logit can fall.
         table = pl.read_parquet(_unseen(run)).filter(pl.col("target") == 1)

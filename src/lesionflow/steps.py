@@ -204,6 +204,8 @@ def deploy(run: Path, *, port: int = 0) -> dict[str, Any]:
 
     run = run.resolve()
     keys.require(run, "export")
+    if not recipe_of(run).model.per_fold:
+        raise UsageError(f"{run}: this model knows metadata alone, and the service takes pictures; use `predict`")
     if (run / "deploy.json").exists() and keys.read_json(run / "deploy.json")["kind"] == "local":
         undeploy(run)
     url, pid = local.start(run / "bundle", run / "serving.log", port=port)
@@ -272,6 +274,8 @@ def run_all(
     progress: bool = False,
 ) -> dict[str, Any]:
     """All steps in order. `tell` hears one line a step, `show` the training's progress."""
+    from lesionflow.serving.predictor import Predictor
+
     keyed = begin(run, recipe, data, incumbent=incumbent)
 
     def stage(step: str) -> str:
@@ -289,6 +293,9 @@ def run_all(
     evaluate(run, stage("evaluate"), progress=progress)
     gate(run, stage("gate"), incumbent=incumbent)
     export(run, stage("export"))
+    if not recipe.model.per_fold:
+        tell("deploy, smoke: left out, as the service takes pictures and this model knows metadata alone")
+        return Predictor(run / "bundle").smoke()
     stage("deploy")
     deploy(run)
     try:

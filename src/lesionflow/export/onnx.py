@@ -69,7 +69,8 @@ def export_bundle(
 
     Where `info` has a `visit`, `files` (by name) are the trees it needs, `visit` the metadata of the reference
     lesions, in their order, and `check` compares the finished bundle's answers with what was evaluated: its figures
-    join those of parity, and it raises `GateRefused` if they are too far apart.
+    join those of parity, and it raises `GateRefused` if they are too far apart. With a `visit` there may be no
+    `models` at all; `info` then says how many folds (`models`) there are.
 
     Where the models' class-activation maps are exact (`graph.map_shape`) the graph gives them as `cam`, and
     `graph.outputs` in bundle.json lists it; for other networks there is none.
@@ -78,16 +79,17 @@ def export_bundle(
     torch in any logit or map, or from what was evaluated, or says NaN; `UsageError` for models that can't be exported.
     """
     out = Path(out)
-    _check_arguments(models, out, spec, parity_images, reference, tta)
+    _check_arguments(models, out, spec, parity_images, reference, tta, graphless="visit" in info)
     members = [copy.deepcopy(model).cpu().float().eval() for model in models]
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         work.chmod(0o755)
         started = time.perf_counter()
-        maps = map_shape(members, _normalised(parity_images[:MAP_LESIONS], spec))
-        with atomic(work / GRAPH) as file:
-            file.write(graph_bytes(members, spec, tta, maps=maps is not None))
+        maps = map_shape(members, _normalised(parity_images[:MAP_LESIONS], spec)) if members else None
+        if members:
+            with atomic(work / GRAPH) as file:
+                file.write(graph_bytes(members, spec, tta, maps=maps is not None))
         seconds = time.perf_counter() - started
         content = _content(info, spec, len(members), tta, maps)
         write_json(work / INFO, content)
@@ -95,7 +97,7 @@ def export_bundle(
             with atomic(work / name) as file:
                 file.write(data)
         predictor = Predictor(Bundle.open(work, verify=False))
-        parity = _parity(members, predictor, parity_images, tolerance, spec, tta, evaluated)
+        parity = _parity(members, predictor, parity_images, tolerance, spec, tta, evaluated) if members else {}
         if maps:
             parity["cam_max_abs"] = _map_parity(members, predictor, parity_images[:MAP_LESIONS], tolerance, spec, tta)
         if check is not None:
@@ -238,6 +240,9 @@ def _write_reference(
     for name, data in reference:
         with atomic(work / "reference" / name) as file:
             file.write(data)
+        if not predictor.bundle.pictures:
+            answers.append({"file": name})
+            continue
         fold_logits, logit = predictor.logits(to_pixels(data, predictor.spec)[None])
         if not np.isfinite(logit).all():
             raise GateRefused(f"reference/{name}: the model's answer is not a number: nothing was exported")
@@ -246,7 +251,8 @@ def _write_reference(
     if visit is not None:
         from lesionflow.serving.visit import Visits
 
-        given = Visits(predictor).predict([data for _, data in reference], visit, with_reasons=False)
+        pictures = [data if predictor.bundle.pictures else None for _, data in reference]
+        given = Visits(predictor).predict(pictures, visit, with_reasons=False)
         for entry, answer in zip(answers, given, strict=True):
             entry |= {"visit_mode": answer.mode, "visit_fold_logits": list(answer.fold_logits)}
         stored["visit"] = visit.to_dicts()
@@ -263,6 +269,12 @@ def _content(
     ]
     if maps:
         outputs.append({"name": "cam", "datatype": "FP32", "shape": [-1, *maps]})
+    graph = {
+        "file": GRAPH,
+        "opset": OPSET,
+        "inputs": [{"name": "image", "datatype": "UINT8", "shape": batch_of}],
+        "outputs": outputs,
+    }
     content = {
         "name": "lesionflow",
         "calibration": {"kind": "identity", "a": 1.0, "b": 0.0},
@@ -272,14 +284,9 @@ def _content(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "lesionflow": __version__,
         "preprocess": spec.to_dict(),
-        "models": models,
+        "models": models or info.get("models"),
         "tta": tta,
-        "graph": {
-            "file": GRAPH,
-            "opset": OPSET,
-            "inputs": [{"name": "image", "datatype": "UINT8", "shape": batch_of}],
-            "outputs": outputs,
-        },
+        "graph": graph if models else {"file": None},
         "notice": NOTICE,
     }
     return check_info(content, "export_bundle(info=...)")
@@ -299,12 +306,15 @@ def _check_arguments(
     images: NDArray[np.uint8],
     reference: Sequence[tuple[str, bytes]],
     tta: str,
+    *,
+    graphless: bool,
 ) -> None:
-    if not models:
+    if not models and not graphless:
         raise UsageError("nothing to export: give at least one model")
     if tta not in ("none", "flips"):
         raise UsageError(f"tta must be one of none, flips, got {tta!r}")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (spec.size, spec.size, 3) or not len(images):
+    shaped = images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == (spec.size, spec.size, 3)
+    if models and not (shaped and len(images)):
         raise UsageError(
             f"parity images must be uint8 [N, {spec.size}, {spec.size}, 3] with N at least 1, "
             f"got {images.dtype} {list(images.shape)}"

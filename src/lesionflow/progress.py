@@ -106,6 +106,16 @@ class TrainingBars:
         self._bars.update(self._tasks[key], completed=progress.step, note=note)
 
 
+MODES = {
+    "image": "the picture alone",
+    "record": "the metadata alone",
+    "visit": "metadata and patient context",
+    "image_record": "picture and metadata",
+    "image_visit": "picture, metadata and patient context",
+}
+"""What a lesion's score rests on, in words."""
+
+
 def print_summary(run: Path) -> None:
     """A short table of what a run found, and where to look."""
     from rich.console import Console
@@ -126,6 +136,9 @@ def print_summary(run: Path) -> None:
     table.add_row("mean of folds", f"{pauc['mean_of_folds']['value']:.4f}")
     auc = metrics["auc"][metrics["headline"]]
     table.add_row("AUC", with_interval(auc["value"], auc["interval"]))
+    for mode, found in metrics.get("modes", {}).get("each", {}).items():
+        pauc_of = found["out_of_fold"]["pauc"]
+        table.add_row(f"pAUC of {MODES[mode]}", with_interval(pauc_of["value"], pauc_of["interval"]))
     served = metrics["served"]
     if "pauc" in served:
         lesions = f"{served['counts']['lesions']:,} lesions of patients in no fold"

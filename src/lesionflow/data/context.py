@@ -16,7 +16,10 @@ the robust z is then 0 for those and NaN for the others.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import polars as pl
@@ -25,6 +28,11 @@ from numpy.typing import NDArray
 from lesionflow.data.derived import Feature, Floats, Values, derived, plain, ratio
 
 Ints = NDArray[np.int64]
+Placed = tuple[Ints, Ints]
+T = TypeVar("T")
+R = TypeVar("R")
+FEW = 20_000
+"""Rows under which threads cost more than they save."""
 MAD_TO_SD = 1.482602218505602
 """1 / Phi^-1(3/4): the MAD of a normal distribution times this is its standard deviation."""
 
@@ -67,17 +75,15 @@ class Patients:
     """Rows grouped by patient, sorted by isic_id within: what every comparison starts from.
 
     `order` int64 [N] are the table's rows in that canonical order, `code` int64 [N] numbers the patients along it,
-    ascending, and `site` int64 [N] is the index into `schema.SITES`, -1 where unknown. A lesion without a patient_id
-    is a patient of its own. Without a column isic_id the table's own order stands in for it.
+    ascending; `starts` and `counts` are where each patient's rows start, and how many there are. A lesion without a
+    patient_id is a patient of its own. Without a column isic_id the table's own order stands in for it.
     """
 
-    def __init__(self, table: pl.DataFrame, site: Ints) -> None:
-        count = table.height
+    def __init__(self, table: pl.DataFrame) -> None:
+        patient = pl.Series("patient", [None], pl.String).new_from_index(0, table.height)
         if "patient_id" in table.columns:
             patient = table["patient_id"].cast(pl.String).replace("", None)
-        else:
-            patient = pl.Series("patient_id", [None] * count, pl.String)
-        ids = table["isic_id"].cast(pl.String) if "isic_id" in table.columns else pl.Series("isic_id", range(count))
+        ids = table["isic_id"].cast(pl.String) if "isic_id" in table.columns else pl.Series(np.arange(table.height))
         keys = pl.DataFrame({"patient": patient, "id": ids})
         order = keys.select(pl.arg_sort_by("patient", "id", maintain_order=True)).to_series()
         ordered = patient.gather(order)
@@ -85,7 +91,6 @@ class Patients:
         first[:1] = True
         self.order: Ints = order.to_numpy().astype(np.int64)
         self.code: Ints = np.cumsum(first) - 1
-        self.site: Ints = site[self.order]
         self.starts, self.counts = _runs(self.code)
 
     @property
@@ -98,12 +103,20 @@ class Patients:
     def by_patient(self) -> Groups:
         return Groups(np.arange(len(self.code)), self.code)
 
-    def by_site(self) -> Groups:
-        """The same lesions by patient and site; those of unknown site are left out."""
-        key = self.code * (int(self.site.max(initial=0)) + 1) + self.site
-        rows = np.flatnonzero(self.site >= 0)
+    def by_site(self, site: Ints) -> Groups:
+        """By patient and `site` [N], a small number in canonical order; below 0 it is unknown, and the row left out."""
+        key = self.code * (int(site.max(initial=0)) + 1) + site
+        rows = np.flatnonzero(site >= 0)
         rows = rows[np.argsort(key[rows], kind="stable")]
-        return Groups(rows, key[rows])
+        return Groups(rows, key[rows], len(key))
+
+
+def places(x: Floats) -> Placed:
+    """Rows in ascending order of value, NaN last, and each row's place therein."""
+    place = np.argsort(x)
+    rank = np.empty_like(place)
+    rank[place] = np.arange(len(x))
+    return place, rank
 
 
 class Groups:
@@ -113,40 +126,44 @@ class Groups:
     group and ascending over groups.
     """
 
-    def __init__(self, rows: Ints, key: Ints) -> None:
+    def __init__(self, rows: Ints, key: Ints, total: int | None = None) -> None:
         self.rows = rows
         self.starts, self.sizes = _runs(key)
         self.group: Ints = np.repeat(np.arange(len(self.starts)), self.sizes)
+        self.position: Ints | None = None
+        """[N] where each row stands in `rows`; None where they are all rows as they are."""
+        if total is not None:
+            self.position = np.zeros(total, np.int64)
+            self.position[rows] = np.arange(len(rows))
 
     def counts(self, total: int) -> Floats:
         """Lesions in each row's group, float64 [total]; NaN for rows in none."""
         return self._spread_out(self.sizes[self.group].astype(np.float64), total)
 
-    def compare(self, values: Floats, *, largest: bool) -> list[Floats]:
+    def compare(self, values: Floats, placed: Placed, *, largest: bool) -> list[Floats]:
         """`values` [N] in canonical order -> difference, z, robust z, rank and, if asked for, share of the largest."""
         if not len(self.rows):
             return [np.full(len(values), np.nan) for _ in range(4 + largest)]
         x = values[self.rows]
-        ordered = self._ascending(x)
+        ordered = self._ascending(placed)
         known = np.add.reduceat((~np.isnan(x)).astype(np.int64), self.starts)
         n = known[self.group]
         with np.errstate(invalid="ignore", divide="ignore"):
-            centred = x - self._median(x[ordered], known)[self.group]
+            ascending = x[ordered]
+            median, mad = self._medians(ascending, known)
+            centred = x - median[self.group]
             # From the median on, so that equal values have no rounding left between them.
             mean = self._sum(np.nan_to_num(centred)) / known
             rest = centred - mean[self.group]
             spread = np.sqrt(self._sum(np.nan_to_num(rest * rest)) / (known - 1))[self.group]
-            apart = np.abs(centred)
-            mad = MAD_TO_SD * self._median(apart[self._ascending(apart)], known)[self.group]
             found = [
                 np.where(n > 1, rest * (n / (n - 1)), np.nan),
                 np.where(n > 2, _over(rest, spread), np.nan),
-                np.where(n > 2, _over(centred, mad), np.nan),
-                np.where(n > 1, (self._mean_ranks(x, ordered) - 1) / (n - 1), np.nan),
+                np.where(n > 2, _over(centred, MAD_TO_SD * mad[self.group]), np.nan),
+                np.where(n > 1, (self._mean_ranks(ascending, ordered) - 1) / (n - 1), np.nan),
             ]
             if largest:
-                last = np.maximum(self.starts + known - 1, self.starts)
-                top = x[ordered][last][self.group]
+                top = ascending[self.starts + np.maximum(known - 1, 0)][self.group]
                 found.append(np.where((n > 1) & (top > 0), ratio(x, top), np.nan))
         found[3][np.isnan(x)] = np.nan
         return [self._spread_out(column, len(values)) for column in found]
@@ -154,36 +171,58 @@ class Groups:
     def _sum(self, values: Floats) -> Floats:
         return np.add.reduceat(values, self.starts)
 
-    def _ascending(self, x: Floats) -> Ints:
+    def _ascending(self, placed: Placed) -> Ints:
         """Positions that sort each group by value, unknown ones last.
 
-        Values become their place in the whole, which with the group makes one integer: those sort fastest.
+        A value's place in the whole makes one integer with its group, and those sort fastest.
         """
-        bits = max(int(len(x) - 1).bit_length(), 1)
-        place = np.argsort(x)
-        rank = np.empty_like(place)
-        rank[place] = np.arange(len(x))
-        key = (self.group << bits) | rank
+        place, rank = placed
+        bits = max((len(place) - 1).bit_length(), 1)
+        key = (self.group << bits) | rank[self.rows]
         key.sort()
-        return np.asarray(place[key & ((1 << bits) - 1)])
+        found: Ints = place[key & ((1 << bits) - 1)]
+        return found if self.position is None else self.position[found]
 
-    def _median(self, ordered: Floats, known: Ints) -> Floats:
-        """Of each group, from its values in ascending order with `known` of them filled; NaN for none."""
-        low = ordered[self.starts + np.maximum(known - 1, 0) // 2]
-        high = ordered[self.starts + np.minimum(known // 2, self.sizes - 1)]
-        return np.where(known > 0, low + (high - low) / 2, np.nan)
+    def _medians(self, ordered: Floats, known: Ints) -> tuple[Floats, Floats]:
+        """Median and median absolute deviation of each group, from its values in ascending order.
 
-    def _mean_ranks(self, x: Floats, ordered: Ints) -> Floats:
+        `known` of them are filled; NaN for none.
+        """
+        first, filled = self.starts, np.maximum(known, 1)
+        low, high = ordered[first + (filled - 1) // 2], ordered[first + filled // 2]
+        median = np.where(known > 0, low + (high - low) / 2, np.nan)
+        low, high = (self._nearest(ordered, median, filled, h) for h in ((filled + 1) // 2, filled // 2 + 1))
+        return median, low + (high - low) / 2
+
+    def _nearest(self, ordered: Floats, centre: Floats, known: Ints, h: Ints) -> Floats:
+        """The h-th smallest distance from `centre` in each group.
+
+        The h nearest stand side by side in `ordered`: a window whose ends are about as far. It is found by halving,
+        all groups at once, which spares a second sort.
+        """
+        h = np.minimum(h, known)
+        low, high = np.zeros_like(h), known - h
+        while (searching := low < high).any():
+            middle = (low + high) // 2
+            left, right = ordered[self.starts + middle], ordered[self.starts + middle + h - 1]
+            enough = right - centre >= centre - left
+            high = np.where(searching & enough, middle, high)
+            low = np.where(searching & ~enough, middle + 1, low)
+        farthest: list[Floats] = []
+        for start in (low, np.maximum(low - 1, 0)):
+            left, right = ordered[self.starts + start], ordered[self.starts + start + h - 1]
+            farthest.append(np.maximum(np.abs(left - centre), np.abs(right - centre)))
+        return np.asarray(np.minimum(farthest[0], farthest[1]))
+
+    def _mean_ranks(self, ascending: Floats, ordered: Ints) -> Floats:
         """1 for the smallest of each group; equal values share the mean of their ranks."""
-        sorted_x = x[ordered]
-        new = np.empty(len(x), bool)
-        new[0] = True
-        new[1:] = sorted_x[1:] != sorted_x[:-1]
+        new = np.empty(len(ordered), bool)
+        new[1:] = ascending[1:] != ascending[:-1]
         new[self.starts] = True
         first = np.flatnonzero(new)
-        length = np.diff(np.append(first, len(x)))
+        length = np.diff(np.append(first, len(ordered)))
         rank = first + (length - 1) / 2 - self.starts[self.group[first]] + 1
-        found = np.empty(len(x))
+        found = np.empty(len(ordered))
         found[ordered] = np.repeat(rank, length)
         return found
 
@@ -193,8 +232,8 @@ class Groups:
         return found
 
 
+@cache
 def features() -> tuple[Feature, ...]:
-    """In the order of `context_values`."""
     own = {f.name: f for f in (*plain(), *derived())}
     found = []
     for scope, whose in _SCOPES.items():
@@ -214,23 +253,32 @@ def features() -> tuple[Feature, ...]:
     return tuple(found)
 
 
-def context_values(patients: Patients, values: Values, threads: int = 1) -> list[Floats]:
-    """Every context feature of rows in canonical order, in the order of `features`."""
-    scopes = {"patient": patients.by_patient(), "site": patients.by_site()}
-    total = len(patients.order)
-    jobs = [(scope, name) for scope in scopes for name in BASES]
+def context_values(patients: Patients, site: Ints, values: Values, threads: int = 1) -> dict[str, Floats]:
+    """Every context feature by name, of rows in canonical order as `site` [N] and `values` [N] are."""
+    scopes = {"patient": patients.by_patient(), "site": patients.by_site(site)}
+    total = len(patients.code)
 
-    def compare(job: tuple[str, str]) -> list[Floats]:
-        scope, name = job
-        return scopes[scope].compare(values[name], largest=scope == "patient" and _BASES[name][1])
+    def compare(name: str) -> list[list[Floats]]:
+        placed = places(values[name])
+        return [
+            groups.compare(values[name], placed, largest=scope == "patient" and _BASES[name][1])
+            for scope, groups in scopes.items()
+        ]
 
+    compared = in_threads(compare, BASES, threads if total > FEW else 1)
     found = [groups.counts(total) for groups in scopes.values()]
-    if threads > 1 and total > 20_000:
-        with ThreadPoolExecutor(threads) as pool:
-            compared = list(pool.map(compare, jobs))
-    else:
-        compared = [compare(job) for job in jobs]
-    return found + [column for columns in compared for column in columns]
+    for i in range(len(scopes)):
+        for each in compared:
+            found += each[i]
+    return {f.name: column for f, column in zip(features(), found, strict=True)}
+
+
+def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> list[R]:
+    """`work` of each item, in order: each is done by one thread, so their number changes no result."""
+    if threads < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
 
 
 def _runs(key: Ints) -> tuple[Ints, Ints]:

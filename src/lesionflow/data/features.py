@@ -22,15 +22,18 @@ from numpy.typing import NDArray
 from lesionflow.data import context, derived
 from lesionflow.data.context import Patients
 from lesionflow.data.derived import Feature, Floats
-from lesionflow.data.schema import require_inputs
+from lesionflow.data.schema import BY_NAME, require_inputs
 from lesionflow.errors import DataError, UsageError
 
-__all__ = ["BLOCKS", "Feature", "Matrix", "catalogue", "check_inputs", "check_local", "features", "has_record"]
+__all__ = [
+    "BLOCKS", "Feature", "Matrix", "catalogue", "check_inputs", "check_local", "features", "has_record",
+    "lesions_of_patient",
+]  # fmt: skip
 
 BLOCKS = ("plain", "derived", "context", "neighbours")
 """In the order of the matrix's columns."""
 _NEVER = ("isic_id", "patient_id", "attribution", "copyright_license", "image_type")
-_ROWS = 4096
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -61,28 +64,24 @@ def features(table: pl.DataFrame, blocks: Sequence[str] = BLOCKS, *, threads: in
     matter. A row without a patient_id is a patient of its own. `threads` (by default, as many as there are cores)
     change no bit. Raises `UsageError` for an unknown block.
     """
-    wanted = catalogue(blocks)
-    patients = Patients(table, derived.sites(table))
-    own = derived.plain_values(table)
+    names = derived.names(catalogue(blocks))
+    threads = threads or os.cpu_count() or 1
+    patients = Patients(table)
+    used = table.select(c for c in table.columns if c in BY_NAME and not BY_NAME[c].train_only)[patients.order]
+    own = derived.plain_values(used)
     if set(blocks) - {"plain"}:
         own |= derived.derived_values(own)
-    columns: dict[str, Floats] = {f.name: own[f.name] for f in wanted if f.name in own}
-    canonical: dict[str, Floats] = {}
-    count = threads or os.cpu_count() or 1
     if "context" in blocks:
-        sorted_own = {name: own[name][patients.order] for name in context.BASES}
-        found = context.context_values(patients, sorted_own, count)
-        canonical |= zip(derived.names(context.features()), found, strict=True)
-    names = derived.names(wanted)
+        own |= context.context_values(patients, derived.sites(used), own, threads)
+    columns = [own[name] for name in names]
     values = np.empty((table.height, len(names)))
-    rows = np.empty_like(patients.order)
-    rows[patients.order] = np.arange(table.height)
-    # By blocks of rows: a column written as a whole would touch a new cache line for every cell.
-    for start in range(0, table.height, _ROWS):
-        block = slice(start, start + _ROWS)
-        at = rows[block]
-        part = [columns[n][block] if n in columns else canonical[n][at] for n in names]
-        np.stack(part, axis=1, out=values[block])
+
+    def place(start: int) -> None:
+        # By blocks of rows: a column written as a whole would touch another line of the cache for every cell.
+        rows = slice(start, start + _ROWS)
+        values[patients.order[rows]] = np.array([column[rows] for column in columns]).T
+
+    context.in_threads(place, range(0, table.height, _ROWS), threads if table.height > context.FEW else 1)
     return Matrix(names, values)
 
 
@@ -99,7 +98,7 @@ def check_inputs(names: Iterable[str]) -> None:
 
 def lesions_of_patient(table: pl.DataFrame) -> NDArray[np.int64]:
     """How many lesions the row's patient has in the table, int64 [N]; 1: there is nothing to compare it with."""
-    return Patients(table, np.full(table.height, -1)).lesions
+    return Patients(table).lesions
 
 
 def has_record(table: pl.DataFrame) -> NDArray[np.bool_]:
@@ -118,7 +117,7 @@ def check_local(
     changes has looked at other patients' rows: statistics over a test set, or something fitted on all rows.
     """
     whole = build(table)
-    drawn = Patients(table, np.full(table.height, -1))
+    drawn = Patients(table)
     rng = np.random.default_rng(seed)
     picked = rng.choice(len(drawn.starts), min(patients, len(drawn.starts)), replace=False)
     off: set[str] = set()

@@ -17,160 +17,48 @@ A patient's only lesion has nothing to be compared with: where `alone`, `visit` 
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lesionflow.errors import DataError
 from lesionflow.models.tabular import Boosted
+from lesionflow.models.ways import (
+    INDEX,
+    METHODS,
+    REMEDY,
+    Floats,
+    Line,
+    Linear,
+    Rank,
+    Reference,
+    Trees,
+    Way,
+    an_object,
+    damaged,
+    number,
+    parsed,
+    texts,
+)
 
 if TYPE_CHECKING:
     from lesionflow.data.features import Matrix
 
-Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 FORMAT = 1
-INDEX = "stack.json"
 MODES = ("image", "record", "visit", "image_record", "image_visit")
 """From the poorest to the richest; of those there are the last is served."""
 JOINED = {"image_record": "record", "image_visit": "visit"}
 """Each joined mode's metadata."""
-METHODS = ("linear", "rank", "trees")
-"""The simplest first: it wins a tie."""
 IMAGE_LOGIT = "image_logit"
 """The picture's log-odds, where it is a column that trees learn from."""
-_KNOTS = 1001
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MOST_FOLDS = 100
-_REMEDY = "restore the file, or train and export again"
-
-
-@dataclass(frozen=True)
-class Line:
-    """Log-odds = intercept + sum of slope x input: a logistic regression. No slope is under 0."""
-
-    slopes: tuple[float, ...]
-    intercept: float
-
-    def __call__(self, *columns: Floats) -> Floats:
-        # Term by term: a matrix product may add up in another order for another number of rows.
-        result = np.full(columns[0].shape, self.intercept)
-        for slope, column in zip(self.slopes, columns, strict=True):
-            result += slope * column
-        return result
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"slopes": list(self.slopes), "intercept": self.intercept}
-
-    @classmethod
-    def from_dict(cls, value: Any, where: str, inputs: int) -> Line:
-        entry = _object(value, where)
-        slopes = _numbers(entry.get("slopes"), f"{where}.slopes")
-        if len(slopes) != inputs or min(slopes) < 0:
-            raise _damaged(f"{where}.slopes", f"expected {inputs} numbers, none under 0")
-        return cls(tuple(slopes), _number(entry.get("intercept"), f"{where}.intercept"))
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Where a score ranks among those of a reference: shares 0..1 at distinct, ascending scores."""
-
-    at: tuple[float, ...]
-    share: tuple[float, ...]
-
-    @classmethod
-    def of(cls, scores: Floats) -> Reference:
-        """Of scores [n]: at most 1,001 quantiles; equal ones are one, at the mean of their shares."""
-        shares = np.linspace(0, 1, min(_KNOTS, len(scores)))
-        at, which, count = np.unique(np.quantile(scores, shares), return_inverse=True, return_counts=True)
-        return cls(tuple(at.tolist()), tuple((np.bincount(which, shares) / count).tolist()))
-
-    def __call__(self, scores: Floats) -> Floats:
-        """Shares of scores [B], interpolated; what lies outside ranks as the lowest or the highest known."""
-        return np.interp(scores, self.at, self.share)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"at": list(self.at), "share": list(self.share)}
-
-    @classmethod
-    def from_dict(cls, value: Any, where: str) -> Reference:
-        entry = _object(value, where)
-        at, share = (_numbers(entry.get(name), f"{where}.{name}") for name in ("at", "share"))
-        if not (1 <= len(at) == len(share) <= _KNOTS):
-            raise _damaged(where, f"expected as many shares as scores, 1 to {_KNOTS}")
-        if np.any(np.diff(at) <= 0) or np.any(np.diff(share) < 0) or not 0 <= share[0] <= share[-1] <= 1:
-            raise _damaged(where, "expected ascending scores, and shares ascending within 0..1")
-        return cls(tuple(at), tuple(share))
-
-
-class Way(Protocol):
-    """How one fold joins a picture's log-odds [B], the trees' log-odds [B] and features [B, F] to log-odds [B]."""
-
-    def join(self, image: Floats, trees: Floats, values: Floats) -> Floats: ...
-    def to_dict(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Two log-odds, weighed."""
-
-    line: Line
-
-    def join(self, image: Floats, trees: Floats, values: Floats) -> Floats:
-        return self.line(image, trees)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"method": "linear", "line": self.line.to_dict()}
-
-
-@dataclass(frozen=True)
-class Rank:
-    """The mean of two ranks, as log-odds, on one line."""
-
-    image: Reference
-    trees: Reference
-    edge: float
-    """Ranks are kept this far from 0 and 1, where log-odds end."""
-    line: Line
-
-    def mean_rank(self, image: Floats, trees: Floats) -> Floats:
-        """Log-odds of the mean rank, float64 [B]."""
-        share = np.clip(0.5 * (self.image(image) + self.trees(trees)), self.edge, 1 - self.edge)
-        return np.asarray(np.log(share) - np.log1p(-share))
-
-    def join(self, image: Floats, trees: Floats, values: Floats) -> Floats:
-        return self.line(self.mean_rank(image, trees))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "method": "rank", "image": self.image.to_dict(), "trees": self.trees.to_dict(), "edge": self.edge,
-            "line": self.line.to_dict(),
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Trees:
-    """Trees that know the features and the picture's log-odds, on one line."""
-
-    trees: Boosted
-    line: Line
-
-    def margin(self, image: Floats, values: Floats) -> Floats:
-        """The trees' own log-odds, float64 [B]."""
-        return self.trees.logits(np.column_stack([values, image]))
-
-    def join(self, image: Floats, trees: Floats, values: Floats) -> Floats:
-        return self.line(self.margin(image, values))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"method": "trees", "line": self.line.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -297,56 +185,25 @@ class Joined:
             try:
                 return read(name)
             except (OSError, KeyError):
-                raise DataError(f"{name}: missing, but the stack needs it: {_REMEDY}") from None
+                raise DataError(f"{name}: missing, but the stack needs it: {REMEDY}") from None
 
-        def trees(value: Any, where: str, names: Sequence[str]) -> Boosted:
-            files = _texts(value, where)
-            if not files or not all(_FILE.fullmatch(name) for name in files) or len(set(files)) < len(files):
-                raise _damaged(where, "expected names of files in the same folder, each once")
-            return Boosted.load(bytes_of, files, names)
-
-        def way(value: Any, where: str, names: Sequence[str]) -> Way:
-            entry = _object(value, where)
-            method, line = entry.get("method"), entry.get("line")
-            if method == "linear":
-                return Linear(Line.from_dict(line, f"{where}.line", 2))
-            one = Line.from_dict(line, f"{where}.line", 1)
-            if method == "rank":
-                image, other = (Reference.from_dict(entry.get(n), f"{where}.{n}") for n in ("image", "trees"))
-                edge = _number(entry.get("edge"), f"{where}.edge")
-                if not 0 < edge < 0.5:
-                    raise _damaged(f"{where}.edge", "expected a number between 0 and 0.5")
-                return Rank(image, other, edge, one)
-            if method == "trees":
-                return Trees(trees(entry.get("files"), f"{where}.files", (*names, IMAGE_LOGIT)), one)
-            raise _damaged(f"{where}.method", f"expected one of {', '.join(METHODS)}")
-
-        top = _object(_parsed(bytes_of(INDEX)), INDEX)
-        if top.get("format") != FORMAT:
-            raise _damaged("format", f"this version of lesionflow reads {FORMAT}")
-        names = {of: _texts(value, f"names.{of}") for of, value in _object(top.get("names"), "names").items()}
-        if set(names) not in ({"record"}, {"record", "visit"}) or not all(names.values()):
-            raise _damaged("names", "expected those of record, and perhaps of visit")
-        if odd := [n for n in names["record"] if n not in names.get("visit", names["record"])]:
-            raise _damaged("names", f"{odd[0]!r} is a feature of the record, but not of the visit")
-        modes, blocks = _texts(top.get("modes"), "modes"), _texts(top.get("blocks"), "blocks")
-        possible = [m for m in MODES if m in names or m == "image" or JOINED.get(m) in names]
-        if list(modes) not in (possible, [m for m in possible if "image" not in m]):
-            raise _damaged("modes", f"expected {', '.join(possible)}, or those without image")
+        top = an_object(parsed(bytes_of(INDEX)), INDEX)
+        names, modes = _layout(top)
         entries = top.get("pipelines")
         if not isinstance(entries, list) or not 1 <= len(entries) <= _MOST_FOLDS:
-            raise _damaged("pipelines", f"expected 1 to {_MOST_FOLDS} of them")
+            raise damaged("pipelines", f"expected 1 to {_MOST_FOLDS} of them")
         pipelines = []
         for k, value in enumerate(entries):
             where = f"pipelines[{k}]"
-            entry = _object(value, where)
-            ways = _object(entry.get("ways"), f"{where}.ways")
+            entry = an_object(value, where)
+            ways = an_object(entry.get("ways"), f"{where}.ways")
             if entry.get("fold") != k or set(ways) != set(modes) & set(JOINED):
-                raise _damaged(where, f"expected fold {k}, and a way for each joined mode")
-            own = {of: trees(entry.get(of), f"{where}.{of}", names[of]) for of in names}
-            found = {m: way(ways[m], f"{where}.ways.{m}", names[JOINED[m]]) for m in JOINED if m in ways}
+                raise damaged(where, f"expected fold {k}, and a way for each joined mode")
+            own = {of: _trees(bytes_of, entry.get(of), f"{where}.{of}", names[of]) for of in names}
+            found = {m: _way(bytes_of, ways[m], f"{where}.ways.{m}", names[JOINED[m]]) for m in JOINED if m in ways}
             pipelines.append(Pipeline(k, own["record"], own.get("visit"), found))
-        return cls(tuple(pipelines), blocks, modes, _object(top.get("choices"), "choices"))
+        choices = an_object(top.get("choices"), "choices")
+        return cls(tuple(pipelines), texts(top.get("blocks"), "blocks"), modes, choices)
 
 
 def check_names(found: Sequence[str], expected: Sequence[str], what: str) -> None:
@@ -358,42 +215,41 @@ def check_names(found: Sequence[str], expected: Sequence[str], what: str) -> Non
     raise DataError(f"{what}: {problem} than the trees learned from; use the version of lesionflow that made them")
 
 
-def _parsed(data: bytes) -> Any:
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON number")
-
-    try:
-        return json.loads(data, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{INDEX}: not valid JSON ({error}): {_REMEDY}") from None
-
-
-def _damaged(where: str, problem: str) -> DataError:
-    return DataError(f"{where if where == INDEX else f'{INDEX}: {where}'}: {problem}: {_REMEDY}")
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _damaged(where, "expected an object")
-    return value
+def _layout(top: dict[str, Any]) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Names of the features by metadata, and the modes, of an index that fits together."""
+    if top.get("format") != FORMAT:
+        raise damaged("format", f"this version of lesionflow reads {FORMAT}")
+    names = {of: texts(value, f"names.{of}") for of, value in an_object(top.get("names"), "names").items()}
+    if set(names) not in ({"record"}, {"record", "visit"}) or not all(names.values()):
+        raise damaged("names", "expected those of record, and perhaps of visit")
+    if odd := [name for name in names["record"] if name not in names.get("visit", names["record"])]:
+        raise damaged("names", f"{odd[0]!r} is a feature of the record, but not of the visit")
+    modes = texts(top.get("modes"), "modes")
+    possible = [mode for mode in MODES if mode in names or mode == "image" or JOINED.get(mode) in names]
+    if list(modes) not in (possible, [mode for mode in possible if "image" not in mode]):
+        raise damaged("modes", f"expected {', '.join(possible)}, or those without image")
+    return names, modes
 
 
-def _texts(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value) or len(set(value)) < len(value):
-        raise _damaged(where, "expected a list of texts, each once")
-    return tuple(value)
+def _trees(read: Callable[[str], bytes], value: Any, where: str, names: Sequence[str]) -> Boosted:
+    files = texts(value, where)
+    if not files or not all(_FILE.fullmatch(name) for name in files):
+        raise damaged(where, "expected names of files in the same folder")
+    return Boosted.load(read, files, names)
 
 
-def _number(value: Any, where: str) -> float:
-    try:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(number := float(value)):
-            return number
-    except OverflowError:
-        pass
-    raise _damaged(where, "expected a finite number")
-
-
-def _numbers(value: Any, where: str) -> list[float]:
-    if not isinstance(value, list) or not value:
-        raise _damaged(where, "expected a list of numbers")
-    return [_number(one, where) for one in value]
+def _way(read: Callable[[str], bytes], value: Any, where: str, names: Sequence[str]) -> Way:
+    entry = an_object(value, where)
+    method, line = entry.get("method"), entry.get("line")
+    if method == "linear":
+        return Linear(Line.from_dict(line, f"{where}.line", 2))
+    if method == "rank":
+        image, trees = (Reference.from_dict(entry.get(name), f"{where}.{name}") for name in ("image", "trees"))
+        edge = number(entry.get("edge"), f"{where}.edge")
+        if not 0 < edge < 0.5:
+            raise damaged(f"{where}.edge", "expected a number between 0 and 0.5")
+        return Rank(image, trees, edge, Line.from_dict(line, f"{where}.line", 1))
+    if method == "trees":
+        trees_of_both = _trees(read, entry.get("files"), f"{where}.files", (*names, IMAGE_LOGIT))
+        return Trees(trees_of_both, Line.from_dict(line, f"{where}.line", 1))
+    raise damaged(f"{where}.method", f"expected one of {', '.join(METHODS)}")

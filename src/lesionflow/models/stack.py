@@ -30,42 +30,19 @@ from numpy.typing import ArrayLike, NDArray
 from lesionflow.data.features import Matrix, check_inputs
 from lesionflow.errors import DataError
 from lesionflow.keys import write_json
-from lesionflow.models.joining import (
-    FORMAT,
-    IMAGE_LOGIT,
-    INDEX,
-    JOINED,
-    METHODS,
-    MODES,
-    Flags,
-    Floats,
-    Joined,
-    Line,
-    Linear,
-    Pipeline,
-    Rank,
-    Reference,
-    Trees,
-    Way,
-    check_names,
-)
+from lesionflow.models.joining import FORMAT, IMAGE_LOGIT, JOINED, MODES, Flags, Joined, Pipeline, check_names
 from lesionflow.models.tabular import Boosted
+from lesionflow.models.ways import INDEX, METHODS, Floats, Line, Linear, Rank, Reference, Trees, Way, fit_line
 from lesionflow.progress import track
 from lesionflow.recipe import Stack, Tabular
 
 if TYPE_CHECKING:
     from lesionflow.data.folds import Folds
 
-__all__ = ["METHODS", "MODES", "Joined", "Pipeline", "Stacked", "choose", "fit_line", "fit_stack", "save_stack"]
+__all__ = ["METHODS", "MODES", "Joined", "Pipeline", "Stacked", "choose", "fit_stack", "save_stack"]
 
-RIDGE = 0.1
-"""Penalty on half the squared slope, per standard deviation of the input: it only keeps separated classes finite."""
-LEAST_SLOPE = 1e-6
-"""Per standard deviation, where an input ranks the wrong way: its order is kept, and it says nothing."""
 FEWEST_MALIGNANT = 10
 """Under so many among the lesions that have company, all lesions say how context and picture are joined."""
-_STEPS = 100
-_TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True)
@@ -165,30 +142,6 @@ def choose(
     return max(by, key=lambda m: by[m]), by
 
 
-def fit_line(columns: Sequence[Floats], y: NDArray[np.int8]) -> Line:
-    """The logistic regression of y [n] on d columns [n], by Newton's method, with a small ridge on the slopes.
-
-    A column whose slope would be under 0 is left out (slope 0), so that no score is ever turned round. If none is
-    left, the first keeps a slope that is all but 0.
-    """
-    means = [float(c.mean()) for c in columns]
-    spreads = [float(c.std()) or 1.0 for c in columns]
-    scaled = [(c - m) / s for c, m, s in zip(columns, means, spreads, strict=True)]
-    active = list(range(len(columns)))
-    while True:
-        found = _newton([scaled[i] for i in active], y)
-        if len(active) == 0 or (found[1:] >= 0).all():
-            break
-        active.pop(int(np.argmin(found[1:])))
-    slopes = np.zeros(len(columns))
-    slopes[active] = found[1:]
-    if not slopes.any():
-        slopes[0] = LEAST_SLOPE
-    slopes /= spreads
-    intercept = float(found[0]) - sum(s * m for s, m in zip(slopes.tolist(), means, strict=True))
-    return Line(tuple(slopes.tolist()), intercept)
-
-
 def save_stack(stacked: Stacked, folder: Path) -> None:
     """Write `stack.json` and every model of the trees, as text, to `folder`."""
 
@@ -214,41 +167,6 @@ def save_stack(stacked: Stacked, folder: Path) -> None:
         "pipelines": entries,
     }
     write_json(folder / INDEX, index)
-
-
-def _newton(columns: Sequence[Floats], y: NDArray[np.int8]) -> Floats:
-    """Intercept and slopes [1 + d] that are most likely, halving a step that doesn't help."""
-    # Sums of products instead of matrix products, whose last digits hang on the number of threads.
-    design, d = [np.ones(len(y)), *columns], 1 + len(columns)
-    penalty = np.full(d, RIDGE)
-    penalty[0] = 0.0
-    beta = np.zeros(d)
-    beta[0] = np.log(y.mean()) - np.log1p(-y.mean())
-
-    def margin(at: Floats) -> Floats:
-        return np.asarray(sum(b * c for b, c in zip(at.tolist(), design, strict=True)))
-
-    def loss(at: Floats) -> float:
-        x = margin(at)
-        return float(np.sum(np.logaddexp(0, x) - y * x) + 0.5 * np.sum(penalty * at**2))
-
-    now = loss(beta)
-    for _ in range(_STEPS):
-        p = 0.5 * (1 + np.tanh(0.5 * margin(beta)))
-        slope = np.array([np.sum((p - y) * c) for c in design]) + penalty * beta
-        weight = p * (1 - p)
-        curve = np.array([[np.sum(weight * a * b) for b in design] for a in design]) + np.diag(penalty)
-        step = np.linalg.lstsq(curve, slope, rcond=None)[0]
-        share, then = 1.0, loss(beta - step)
-        while not then <= now and share > 1e-6:
-            share /= 2
-            then = loss(beta - share * step)
-        if not then <= now:
-            break
-        beta, now = beta - share * step, then
-        if np.abs(share * step).max() < _TOLERANCE:
-            break
-    return np.asarray(beta)
 
 
 class _Fitter:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -122,6 +123,7 @@ class CatBoost:
         settings = {
             "loss_function": "Logloss",
             "iterations": options.rounds,
+            "boost_from_average": True,
             "learning_rate": options.learning_rate,
             "depth": min(max(round(math.log2(options.leaves)), 1), 16),
             "l2_leaf_reg": options.l2,
@@ -140,7 +142,11 @@ class CatBoost:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.json"
             model.save_model(str(path), format="json")
-            return cls(path.read_bytes())
+            kept = json.loads(path.read_bytes())
+        # When it was trained, a random id, the course of the loss.
+        for name in ("model_guid", "train_finish_time", "output_options", "training"):
+            kept["model_info"].pop(name, None)
+        return cls(json.dumps(kept).encode())
 
     def width(self) -> int:
         return len(self._model.feature_names_)
@@ -238,6 +244,11 @@ def read(kind: str, text: bytes, where: str) -> Booster:
         return KINDS[kind](text)
     except Exception as error:  # Each library has errors of its own.
         raise DataError(f"{where}: not a {kind} model ({str(error).strip()[:200]}); export the bundle again") from None
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def library(package: str, extra: str = "train") -> Any:

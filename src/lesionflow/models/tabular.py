@@ -16,7 +16,6 @@ numbers on the very lesions that are then said to be unseen.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lesionflow.errors import DataError, UsageError
-from lesionflow.models.boosters import KINDS, Booster, Floats, read
+from lesionflow.models.boosters import KINDS, Booster, Floats, cores, read
 from lesionflow.recipe import Tabular
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class Boosted:
             own = int(rng.integers(2**31 - 1))
             return kind, KINDS[kind].fit(x, truth[rows], matrix.names, options, seed=own, shift=shift)
 
-        with ThreadPoolExecutor(threads or _cores()) as pool:
+        with ThreadPoolExecutor(threads or cores()) as pool:
             return cls(matrix.names, list(pool.map(one, asked)))
 
     def logits(self, values: Floats) -> Floats:
@@ -157,7 +156,3 @@ def draw(y: NDArray[np.int8], negatives: float, rng: np.random.Generator) -> tup
         return np.arange(len(y)), 0.0
     drawn = rng.choice(benign, count, replace=False)
     return np.sort(np.concatenate([malignant, drawn])), math.log(count / len(benign))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,6 +14,7 @@ import pytest
 
 from lesionflow.errors import DataError
 from lesionflow.evaluation.evaluate import COLUMNS, evaluate
+from lesionflow.evaluation.modes import MODES
 from lesionflow.recipe import Evaluation
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "metrics.schema.json").read_text())
@@ -25,7 +26,7 @@ DESCRIBING = {
     "low", "high", "checked", "count", "pairs", "patients_in_two_folds", "fold_hash_checked", "level", "treat_all",
     # The point or the target that a figure is for, and what a bin or band holds.
     "sensitivity", "score", "target", "predicted", "logit", "malignant_clusters",
-    "subgroup_threshold", "thresholds", "benign", "reached", "a", "b", "share",
+    "subgroup_threshold", "thresholds", "benign", "reached", "a", "b", "share", "p_better",
 }  # fmt: skip
 
 
@@ -55,6 +56,14 @@ def tables(
     return whole.filter(pl.col("fold") >= 0), held
 
 
+def with_modes(table: pl.DataFrame) -> pl.DataFrame:
+    """The same lesions scored in every way, each a little differently."""
+    rows = np.random.default_rng(len(table)).normal(size=(len(table), len(MODES)))
+    return table.with_columns(
+        pl.col("logit").add(pl.Series(0.3 * rows[:, i])).alias(f"{mode}_logit") for i, mode in enumerate(MODES)
+    )
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     return evaluate(*tables(), OPTIONS)
@@ -67,6 +76,10 @@ CASES = {
     "no patient known": lambda: evaluate(*tables(known=0.0), OPTIONS),
     "one class in a fold": lambda: evaluate(
         tables()[0].filter((pl.col("fold") != 1) | (pl.col("target") == 0)), None, OPTIONS
+    ),
+    "several modes": lambda: evaluate(*(with_modes(t) for t in tables()), OPTIONS),
+    "several modes, no hold-out, few malignant": lambda: evaluate(
+        with_modes(tables(malignant=24, lesions=900)[0]), None, OPTIONS
     ),
     "only what every table has": lambda: evaluate(tables()[0].select(COLUMNS), None, OPTIONS),
 }  # fmt: skip

@@ -13,7 +13,7 @@ The schema is described in docs/metrics.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from lesionflow.evaluation.decision import decision_curve
 from lesionflow.evaluation.grouping import describe
 from lesionflow.evaluation.intervals import Figure
 from lesionflow.evaluation.metrics import Floats, Ints
+from lesionflow.evaluation.modes import NO_HOLDOUT, Scored, modes, modes_of, with_specificity
 from lesionflow.evaluation.prevalence import linearised, pulls, weights
 from lesionflow.evaluation.ranking import MEASURES, by_fold, ranking, span_of
 from lesionflow.evaluation.rates import rate
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("isic_id", "patient_group", "target", "fold", "logit", "fold_hash")
 CANNOT_JUDGE = "cannot judge"
-NO_HOLDOUT = "no patients were set aside (folds.holdout = 0), so nothing that is served was tried on unseen patients"
 
 
 def evaluate(
@@ -68,13 +68,18 @@ def evaluate(
     lesions = _Lesions(_checked(oof, "oof"), options, level)
     y, s, groups = lesions.y, lesions.s, lesions.groups
     institutions = split is not None and split["kind"] == "institution"
+
     # Ranks within a fold compare across folds of one prevalence, as patients are dealt; institutions have their own.
-    ranks = metrics.placement(s, lesions.fold, y) if institutions else metrics.fold_rank(s, lesions.fold)
+    def rank(scores: Floats) -> Floats:
+        return metrics.placement(scores, lesions.fold, y) if institutions else metrics.fold_rank(scores, lesions.fold)
+
+    ranks = rank(s)
     # Subgroups are compared at the highest score that finds the wanted share of all malignant lesions.
     threshold = float(np.sort(ranks[y == 1])[::-1][int(np.ceil(options.sensitivity * y.sum() - 1e-9)) - 1])
     # Subgroups are half of the work. Two threads that multiply alone beat two that share every product.
     with threadpool_limits(1), ThreadPoolExecutor(1) as pool:
         cells = pool.submit(subgroups, lesions.table, y, ranks, groups, threshold, **lesions.resampling)
+        parts = pool.submit(_modes, lesions, rank, holdout, options, margin, level)
         weighted = {"prevalence": options.prevalence, **lesions.resampling}
         probability = calibration.cross_fitted(s, y, lesions.fold, prevalence=options.prevalence)
         refer = choose_threshold(y, s, groups, options.sensitivity, level=level)
@@ -96,12 +101,14 @@ def evaluate(
             "calibration": calibration.assess(probability, y, groups, **weighted),
             "decision_curve": decision_curve(probability, y, groups, **weighted),
             "thresholds": {
-                "refer": _with_specificity(lesions, refer.to_dict(), s >= refer.value) | {"scale": "pooled logit"}
+                "refer": with_specificity(refer.to_dict(), y, groups, s >= refer.value, **lesions.resampling)
+                | {"scale": "pooled logit"}
             },
             **_served(lesions, holdout, options, margin, level),
             "subgroup_threshold": {"sensitivity": options.sensitivity, "score": threshold},
             "subgroups": cells.result(),
             "leaks": dict(leaks) if leaks else {"reason": "not looked for"},
+            **parts.result(),
         }
 
 
@@ -183,7 +190,10 @@ def _served(
         prevalence=options.prevalence, level=level, judged=~doubtful,
     )  # fmt: skip
     bands = {name: one | {"logit": one["logit"] - margin} for name, one in bands.items()}
-    bands = {name: _with_specificity(here, one, ~doubtful & (s >= one["logit"])) for name, one in bands.items()}
+    bands = {
+        name: with_specificity(one, y, groups, ~doubtful & (s >= one["logit"]), **here.resampling)
+        for name, one in bands.items()
+    }
     weighted = {"prevalence": options.prevalence, **here.resampling}
     return {
         "probability": fitted.to_dict() | {"fitted_on": "holdout"},
@@ -200,13 +210,23 @@ def _served(
     }
 
 
-def _with_specificity(here: _Lesions, threshold: dict[str, Any], referred: NDArray[np.bool_]) -> dict[str, Any]:
-    """A threshold whose specificity has its interval; its sensitivity has its bound."""
-    benign = here.y == 0
-    found = rate(
-        ~referred[benign], np.ones(benign.sum()), here.groups[benign], malignant=0, fewest=0, **here.resampling
-    )
-    return {name: value for name, value in threshold.items() if name != "referred"} | {"specificity": found.to_dict()}
+def _modes(
+    oof: _Lesions,
+    rank: Callable[[Floats], Floats],
+    holdout: pl.DataFrame | None,
+    options: Evaluation,
+    margin: float,
+    level: float,
+) -> dict[str, Any]:
+    """`modes`, where the run has more than one way to score a lesion."""
+    if not modes_of(oof.table):
+        return {}
+    folds = Scored(oof.table, oof.y, oof.groups, rank, np.ones(len(oof.y), bool))
+    held = None
+    if holdout is not None:
+        here = _Lesions(_checked(holdout, "holdout"), options, level)
+        held = Scored(here.table, here.y, here.groups, lambda scores: scores, ~_doubtful(here.table))
+    return {"modes": modes(folds, held, options, margin=margin, level=level)}
 
 
 def _held_apart(holdout: pl.DataFrame, oof: pl.DataFrame) -> None:

@@ -152,7 +152,7 @@ def figures(patients: Patients, measures: Sequence[Measure], replicates: int, se
     if reason := _not_asked(replicates) or too_few([patients]):
         return [Figure(value, _refused([patients], level, reason)) for value in values]
     sampled = sample(patients, measures, replicates, seed)
-    return [_figure(one, m, [patients], replicates, level) for one, m in zip(sampled, measures, strict=True)]
+    return [figure_of(one, m, [patients], replicates, level) for one, m in zip(sampled, measures, strict=True)]
 
 
 def mean_figures(
@@ -170,7 +170,7 @@ def mean_figures(
         few = too_few([part])
         alone.append(
             [
-                Figure(one.value, _refused([part], level, few)) if few else _figure(one, m, [part], replicates, level)
+                Figure(one.value, _refused([part], level, few)) if few else figure_of(one, m, [part], replicates, level)
                 for one, m in zip(drawn, measures, strict=True)
             ]
         )
@@ -184,7 +184,7 @@ def mean_figures(
             np.sqrt(np.sum([one.errors**2 for one in each], axis=0)) / count,
             variance**2 / max(sum(one.error**4 / one.freedom for one in each), 1e-300),
         )
-        means.append(_figure(mean, measure, parts, replicates, level))
+        means.append(figure_of(mean, measure, parts, replicates, level))
     return alone, means
 
 
@@ -195,15 +195,20 @@ def sample(patients: Patients, measures: Sequence[Measure], replicates: int, see
     cells, result = table.times(patients.everyone()), []
     for i, measure in enumerate(measures):
         value, per_lesion = measure.influence(*cells)
-        squares = table.spread(per_lesion)[0] ** 2
-        variance, fourths = (float((patients.multiplicity * x).sum()) for x in (squares, squares**2))
         values, errors = (np.concatenate([chunk[i][j] for chunk in drawn]) for j in (0, 1))
-        freedom = satterthwaite(variance, fourths, patients.groups)
-        result.append(Sampled(float(value[0]), variance**0.5, values, errors, freedom))
+        result.append(sampled(patients, float(value[0]), table.spread(per_lesion)[0], values, errors))
     return result
 
 
-def _figure(one: Sampled, measure: Measure, parts: Sequence[Patients], replicates: int, level: float) -> Figure:
+def sampled(patients: Patients, value: float, pull: Floats, values: Floats, errors: Floats) -> Sampled:
+    """A figure whose atoms pull by `pull` [A], with its replicates' `values` and `errors` [R]."""
+    squares = pull**2
+    variance, fourths = (float((patients.multiplicity * x).sum()) for x in (squares, squares**2))
+    return Sampled(value, variance**0.5, values, errors, satterthwaite(variance, fourths, patients.groups))
+
+
+def figure_of(one: Sampled, measure: Measure, parts: Sequence[Patients], replicates: int, level: float) -> Figure:
+    """A sampled figure with its interval."""
     return Figure(one.value, _interval(one, measure, parts, replicates, level))
 
 

@@ -11,7 +11,7 @@ malignant lesions, 94-99 % at 80, 93-100 % at 40 and 92-99 % at 20, where percen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,82 @@ def compare_scores(
         a, b, errors = (np.concatenate([chunk[i][j] for chunk in drawn]) for j in range(3))
         result.append(_studentized(point, a - b, errors, measure.maximum, patients, level))
     return result
+
+
+def compare_several(
+    y: ArrayLike,
+    scores: Mapping[str, ArrayLike],
+    groups: Groups,
+    measures: Sequence[Measure],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    replicates: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[dict[str, list[Figure]], dict[tuple[str, str], Pair]]:
+    """Several scores of the same lesions: each one's `measures`, and the first of them for `pairs` of scores (a, b).
+
+    What `ranking` and `compare_scores` give one by one, from one set of replicates: where five scores are compared in
+    ten ways this is five passes over the lesions instead of thirty. Arguments as there; `scores` are [n] by name.
+    """
+    patients = Patients(y, list(scores.values()), groups)
+    names, everyone = list(scores), patients.everyone()
+    points = [[m.influence(*table.times(everyone)) for m in measures] for table in patients.tables]
+    value = {name: [float(v[0]) for v, _ in one] for name, one in zip(names, points, strict=True)}
+
+    def point(a: str, b: str, error: float = 0.0) -> Point:
+        return tuple(np.array([x]) for x in (value[a][0], value[b][0], error))  # type: ignore[return-value]
+
+    if reason := intervals.too_few([patients]) if replicates else intervals.NOT_ASKED:
+        refused = _refused(patients, level, reason)
+        alone = {name: [Figure(v, refused) for v in of] for name, of in value.items()}
+        return alone, {one: _pair(point(*one), refused) for one in pairs}
+    # Pairs of one order have no spread to measure.
+    orders = {name: _order(scores[name]) for pair in pairs for name in pair}
+    alike = {(a, b) for a, b in pairs if np.array_equal(orders[a], orders[b])}
+    at, drawn = {name: i for i, name in enumerate(names)}, []
+    for w in patients.draws(replicates, seed):
+        rows, pulls = [], []
+        for table in patients.tables:
+            cells = table.times(w)
+            for i, measure in enumerate(measures):
+                v, per_lesion = measure.influence(*cells)
+                pull = table.spread(per_lesion)
+                rows.append((v, np.sqrt(np.einsum("ra,ra->r", w, pull**2))))
+                if not i:
+                    pulls.append(pull)
+        gaps = {
+            (a, b): np.sqrt(np.einsum("ra,ra->r", w, (pulls[at[a]] - pulls[at[b]]) ** 2))
+            for a, b in pairs
+            if (a, b) not in alike
+        }
+        drawn.append((rows, gaps))
+
+    def joined(row: int) -> tuple[Floats, Floats]:
+        return tuple(np.concatenate([rows[row][j] for rows, _ in drawn]) for j in (0, 1))  # type: ignore[return-value]
+
+    alone, pull_of = {}, {}
+    for n, (name, table) in enumerate(zip(names, patients.tables, strict=True)):
+        pulled = [table.spread(per_lesion)[0] for _, per_lesion in points[n]]
+        alone[name] = [
+            intervals.figure_of(
+                intervals.sampled(patients, value[name][i], pull, *joined(n * len(measures) + i)),
+                measure, [patients], replicates, level,
+            )
+            for i, (measure, pull) in enumerate(zip(measures, pulled, strict=True))
+        ]  # fmt: skip
+        pull_of[name] = pulled[0]
+    found = {}
+    for a, b in pairs:
+        if (a, b) in alike:
+            same = Interval(0.0, 0.0, level, METHOD_ALIKE, 0, 0, patients.groups, patients.malignant)
+            found[a, b] = _pair(point(a, b), same, p_better=0.5, error=0.0, reach=0.0)
+            continue
+        gap = joined(at[a] * len(measures))[0] - joined(at[b] * len(measures))[0]
+        errors = np.concatenate([gaps[a, b] for _, gaps in drawn])
+        error = float(np.sqrt(everyone[0] @ (pull_of[a] - pull_of[b]) ** 2))
+        found[a, b] = _studentized(point(a, b, error), gap, errors, measures[0].maximum, patients, level)
+    return alone, found
 
 
 def paired_difference(

@@ -1,0 +1,218 @@
+"""What in a lesion's metadata moves its score, in words that a clinician can check on the patient.
+
+    reasons(matrix.values, contributions, matrix.names, table)
+    [("larger and darker than most of this patient's other lesions on the back", "the patient is about 75 years old"),
+     ("speaks against: 1.9 mm across",)]
+
+The trees' contributions (TreeSHAP, log-odds) say what is worth naming; what is said of it comes from the numbers alone.
+So no phrase claims a direction that the lesion doesn't show, even where the model makes something odd of it: a lesion
+is called larger because of its size, never because size raised its score. Contributions of one concept (size,
+darkness, border, ...) and one comparison are added up first, as many features tell of the same thing and the trees
+deal its weight out among them as it comes.
+
+Some is never said: the skin around, the kind of tile and where on the body model's axes a lesion lies carry weight, but
+are nothing that a look at the patient would confirm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lesionflow.data.features import Feature, catalogue
+from lesionflow.errors import DataError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Floats = NDArray[np.float64]
+
+NOTICEABLE = log(1.25)
+"""Named from here on: what makes the odds a quarter higher."""
+STRONG = log(2)
+"""What speaks against a lesion is named where it halves the odds."""
+MOST = 3
+"""Phrases for a lesion, all together."""
+TOGETHER = 3
+"""Concepts in one comparison."""
+CLEAR = 0.75
+"""Place among the others above which a lesion has more than most of them: ties count half, so half surely have less."""
+
+SITES = {
+    "anterior torso": "on the front of the trunk",
+    "head/neck": "on the head and neck",
+    "lower extremity": "on the legs",
+    "posterior torso": "on the back",
+    "upper extremity": "on the arms",
+}
+_COMPARED = re.compile(r"(.+)_(patient|site)_(diff|robust_z|z|rank|share)")
+
+
+def _signed(below: str, above: str) -> Callable[[float], str]:
+    """Words for a difference to the skin around; none under 1, which an eye doesn't see."""
+    return lambda v: "" if abs(v) < 1 else f"{above if v > 0 else below} than the skin around it"
+
+
+_Said = Mapping[str, Callable[[float], str]]
+_STATED: Mapping[str, _Said] = {
+    # concept: feature: what it says of the lesion alone. The first is said for the whole concept.
+    "age": {"age_approx": lambda v: f"the patient is about {v:.0f} years old"},
+    "sex": {"male": lambda v: "the patient is a man" if v == 1 else "the patient is a woman"},
+    "size": {"clin_size_long_diam_mm": lambda v: f"{v:.1f} mm across"},
+    "darkness": {"tbp_lv_deltaL": _signed("darker", "lighter")},
+    "naevus": {"tbp_lv_nevi_confidence": lambda v: f"the scanner takes it for a naevus with {v:.0f} % confidence"},
+}
+_OWN: Mapping[str, _Said] = {
+    # As above, but each said only for itself: these concepts hold different things.
+    "colour": {
+        "tbp_lv_norm_color": lambda v: f"colour variation {v:.1f} of 10",
+        "tbp_lv_deltaA": _signed("less red", "redder"),
+        "tbp_lv_deltaB": _signed("bluer", "yellower"),
+    },
+    "border": {"tbp_lv_norm_border": lambda v: f"border irregularity {v:.1f} of 10"},
+    "shape": {"tbp_lv_symm_2axis": lambda v: f"asymmetry {v:.2f} of 1"},
+}
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Something to say of one lesion."""
+
+    weight: float
+    """Log-odds that it adds."""
+    words: str
+    against: str = ""
+    """What it is compared with; "" for a statement that stands alone."""
+    all: bool = False
+    """Whether it holds against all of those, not only most."""
+
+
+def reasons(values: Floats, contributions: Floats, names: Sequence[str], table: pl.DataFrame) -> list[tuple[str, ...]]:
+    """At most `MOST` phrases for each of B lesions, what raises its score first, strongest first.
+
+    values [B, F], NaN where unknown, and contributions [B, F + 1] in log-odds, the base last, of the features `names`;
+    `table` has the lesions' metadata in the same order (`anatom_site_general` is used where it is there). Raises
+    `DataError` where these don't match.
+    """
+    if values.shape != (len(table), len(names)) or contributions.shape != (len(table), len(names) + 1):
+        raise DataError(
+            f"reasons: {values.shape} values and {contributions.shape} contributions for {len(table)} lesions and "
+            f"{len(names)} features; give the matrix that was scored"
+        )
+    known = {feature.name: feature for feature in catalogue()}
+    topics = _topics([known[name] for name in names if name in known])
+    place = {name: column for column, name in enumerate(names)}
+    sites = table["anatom_site_general"].to_list() if "anatom_site_general" in table.columns else [None] * len(table)
+    return [_lesion(_Lesion(row, shares, place, site), topics)
+            for row, shares, site in zip(values, contributions, sites, strict=True)]  # fmt: skip
+
+
+Topics = Mapping[tuple[str, str], Sequence[Feature]]
+"""The features of each concept and comparison."""
+
+
+def _topics(features: Sequence[Feature]) -> Topics:
+    found: dict[tuple[str, str], list[Feature]] = {}
+    for feature in features:
+        found.setdefault((feature.concept, feature.against), []).append(feature)
+    return found
+
+
+class _Lesion:
+    """One row of numbers by feature."""
+
+    def __init__(self, values: Floats, shares: Floats, place: Mapping[str, int], site: str | None) -> None:
+        self._values, self._shares, self._place = values, shares, place
+        self.where = SITES.get((site or "").strip().lower(), "")
+
+    def value(self, name: str) -> float:
+        return float(self._values[self._place[name]]) if name in self._place else float("nan")
+
+    def share(self, names: Sequence[str]) -> float:
+        return float(sum(self._shares[self._place[name]] for name in names if name in self._place))
+
+
+def _lesion(lesion: _Lesion, topics: Topics) -> tuple[str, ...]:
+    told = _told(lesion, topics)
+    raising = _phrases(lesion, [one for one in told if one.weight >= NOTICEABLE])
+    lowering = min(
+        (one for one in told if one.weight <= -STRONG), key=lambda one: (one.weight, one.words), default=None
+    )
+    if lowering is None:
+        return tuple(raising[:MOST])
+    return (*raising[: MOST - 1], f"speaks against: {_phrases(lesion, [lowering])[0]}")
+
+
+def _told(lesion: _Lesion, topics: Topics) -> list[_Told]:
+    """Everything that can be said, whatever its weight; a concept is compared once, with what weighs most."""
+    alone, compared = [], dict[str, list[_Told]]()
+    for (concept, against), features in topics.items():
+        weight = lesion.share([feature.name for feature in features])
+        if not against:
+            if words := _statement(lesion, concept, weight):
+                alone.append(_Told(weight, words))
+        elif (one := _comparison(lesion, features, weight, against)) is not None:
+            compared.setdefault(concept, []).append(one)
+    strongest = [max(of, key=lambda one: (abs(one.weight), one.against)) for of in compared.values()]
+    return [*alone, *strongest]
+
+
+def _statement(lesion: _Lesion, concept: str, weight: float) -> str:
+    """What the lesion is by itself, of this concept: numbers, not judgements."""
+    if concept == "place":
+        return f"it lies {lesion.where}" if lesion.where else ""
+    own, whole = _OWN.get(concept, {}), _STATED.get(concept, {})
+    # Of several things that one concept holds, the one that moves the score the same way, and most.
+    candidates = [(abs(lesion.share([name])), name) for name in own if lesion.share([name]) * weight > 0]
+    for name in [*whole, *(name for _, name in sorted(candidates, reverse=True))]:
+        value = lesion.value(name)
+        if np.isfinite(value) and (words := (whole.get(name) or own[name])(value)):
+            return words
+    return ""
+
+
+def _comparison(lesion: _Lesion, features: Sequence[Feature], weight: float, against: str) -> _Told | None:
+    """How the lesion compares with the others in this concept, if it clearly does."""
+    by_base: dict[str, list[Feature]] = {}
+    for feature in features:
+        if found := _COMPARED.fullmatch(feature.name):
+            by_base.setdefault(found[1], []).append(feature)
+    weighed = sorted(((lesion.share([f.name for f in of]), base) for base, of in by_base.items()), reverse=weight > 0)
+    for share, base in weighed:
+        if share * weight <= 0:
+            break
+        rank = lesion.value(f"{base}_{against}_rank")
+        one = by_base[base][0]
+        # NaN is neither: with no other lesion there is nothing to say.
+        word = one.higher if rank > CLEAR else one.lower if rank < 1 - CLEAR else ""
+        if word:
+            return _Told(weight, word, against, rank in (0.0, 1.0))
+    return None
+
+
+def _phrases(lesion: _Lesion, told: Sequence[_Told]) -> list[str]:
+    """What is compared with the same lesions becomes one phrase; strongest first."""
+    weighed = [(one.weight, one.words) for one in told if not one.against]
+    for against in dict.fromkeys(one.against for one in told if one.against):
+        of = sorted((one for one in told if one.against == against), key=lambda one: (-abs(one.weight), one.words))
+        of = of[:TOGETHER]
+        words = f"{_joined([one.words for one in of])} than {_others(lesion, against, all(one.all for one in of))}"
+        weighed.append((sum(one.weight for one in of), words))
+    return [words for _, words in sorted(weighed, key=lambda one: (-abs(one[0]), one[1]))]
+
+
+def _others(lesion: _Lesion, against: str, every: bool) -> str:
+    count = lesion.value(f"{against}_lesions")
+    whose = "this patient's other lesion" if count == 2 else "this patient's other lesions"
+    where = f" {lesion.where or 'on the same body site'}" if against == "site" else ""
+    return f"{'' if every else 'most of '}{whose}{where}"
+
+
+def _joined(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

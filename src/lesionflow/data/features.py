@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from lesionflow.data import context, derived
+from lesionflow.data import context, derived, neighbours
 from lesionflow.data.context import Patients
 from lesionflow.data.derived import Feature, Floats
 from lesionflow.data.schema import BY_NAME, require_inputs
@@ -53,7 +53,7 @@ def catalogue(blocks: Sequence[str] = BLOCKS) -> tuple[Feature, ...]:
 
 @cache
 def _everything() -> tuple[Feature, ...]:
-    return (*derived.plain(), *derived.derived(), *context.features())
+    return (*derived.plain(), *derived.derived(), *context.features(), *neighbours.features())
 
 
 def features(table: pl.DataFrame, blocks: Sequence[str] = BLOCKS, *, threads: int | None = None) -> Matrix:
@@ -73,6 +73,8 @@ def features(table: pl.DataFrame, blocks: Sequence[str] = BLOCKS, *, threads: in
         own |= derived.derived_values(own)
     if "context" in blocks:
         own |= context.context_values(patients, derived.sites(used), own, threads)
+    if "neighbours" in blocks:
+        own |= neighbours.neighbour_values(patients, own, threads)
     columns = [own[name] for name in names]
     values = np.empty((table.height, len(names)))
 

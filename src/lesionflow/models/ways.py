@@ -69,7 +69,9 @@ class Reference:
     def of(cls, scores: Floats) -> Reference:
         """Of scores [n]: at most 1,001 quantiles; equal ones are one, at the mean of their shares."""
         shares = np.linspace(0, 1, min(_KNOTS, len(scores)))
-        at, which, count = np.unique(np.quantile(scores, shares), return_inverse=True, return_counts=True)
+        # Scores themselves: interpolated quantiles of equal scores differ in their last digit.
+        chosen = np.sort(scores)[np.rint(shares * (len(scores) - 1)).astype(np.int64)]
+        at, which, count = np.unique(chosen, return_inverse=True, return_counts=True)
         return cls(tuple(at.tolist()), tuple((np.bincount(which, shares) / count).tolist()))
 
     def __call__(self, scores: Floats) -> Floats:

@@ -128,12 +128,13 @@ def _joined(
     """
     import numpy as np
 
-    from lesionflow.data import missingness
     from lesionflow.data.features import Matrix, features, has_record, lesions_of_patient
     from lesionflow.models.stack import fit_stack, save_stack
 
     recipe = recipe_of(run)
     if recipe.tabular.missing == "refuse":
+        from lesionflow.data import missingness
+
         missingness.refuse(missingness.check_missing(store.table, store.targets))
     blocks = recipe.tabular.blocks
     own = tuple(name for name in blocks if name in ("plain", "derived"))
@@ -176,7 +177,7 @@ def _with_modes(
     served = list(scores)[-1]
     for mode, found in scores.items():
         if found.ndim == 2:
-            table = table.with_columns(pl.Series(f"{mode}_fold_logits", list(found), dtype=pl.List(pl.Float64)))
+            table = table.with_columns(pl.Series(f"{mode}_fold_logits", found.tolist(), dtype=pl.List(pl.Float64)))
             found = found.mean(1)
         table = table.with_columns(pl.Series(f"{mode}_logit", found))
     columns = ["logit", "fold_logits"] if f"{served}_fold_logits" in table.columns else ["logit"]

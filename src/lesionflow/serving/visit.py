@@ -101,7 +101,8 @@ class Visits:
         seen, known, alone = np.isfinite(image).all(1), has_record(table), lesions_of_patient(table) == 1
         record = features(table, self._own)
         visit = features(table, self.joined.blocks) if self.joined.blocks != self._own else None
-        found = self.joined.scores(np.where(seen[:, None], image, 0.0), record, visit, alone)
+        pictures = np.where(seen[:, None], image, 0.0) if "image" in self.joined.modes else None
+        found = self.joined.scores(pictures, record, visit, alone)
         mode = [self._mode(*flags) for flags in zip(seen.tolist(), known.tolist(), alone.tolist(), strict=True)]
         chosen = np.full(image.shape, np.nan)
         for name, logits in found.items():

@@ -45,9 +45,10 @@ lint: install  ## style and types
 bench: install  ## every benchmark: both sides in one run
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit; done
 
-docs: install  ## write again what is generated: manifests, the settings' table, the pipeline's picture
+docs: install  ## write again what is generated: manifests, the settings' and the features' tables, the pipeline's picture
 	$(BIN)/python deploy/render.py
 	$(BIN)/python docs/write_settings.py
+	$(BIN)/python docs/write_features.py
 	$(BIN)/python docs/draw_pipeline.py
 
 clean:  ## remove what the tasks made (not .venv)

@@ -146,16 +146,17 @@ class Groups:
             return [np.full(len(values), np.nan) for _ in range(4 + largest)]
         x = values[self.rows]
         ordered = self._ascending(placed)
-        known = np.add.reduceat((~np.isnan(x)).astype(np.int64), self.starts)
+        unknown = np.isnan(x)
+        known = np.add.reduceat((~unknown).astype(np.int64), self.starts)
         n = known[self.group]
         with np.errstate(invalid="ignore", divide="ignore"):
             ascending = x[ordered]
             median, mad = self._medians(ascending, known)
             centred = x - median[self.group]
             # From the median on, so that equal values have no rounding left between them.
-            mean = self._sum(np.nan_to_num(centred)) / known
+            mean = self._sum(np.where(unknown, 0.0, centred)) / known
             rest = centred - mean[self.group]
-            spread = np.sqrt(self._sum(np.nan_to_num(rest * rest)) / (known - 1))[self.group]
+            spread = np.sqrt(self._sum(np.where(unknown, 0.0, rest * rest)) / (known - 1))[self.group]
             found = [
                 np.where(n > 1, rest * (n / (n - 1)), np.nan),
                 np.where(n > 2, _over(rest, spread), np.nan),
@@ -165,7 +166,7 @@ class Groups:
             if largest:
                 top = ascending[self.starts + np.maximum(known - 1, 0)][self.group]
                 found.append(np.where((n > 1) & (top > 0), ratio(x, top), np.nan))
-        found[3][np.isnan(x)] = np.nan
+        found[3][unknown] = np.nan
         return [self._spread_out(column, len(values)) for column in found]
 
     def _sum(self, values: Floats) -> Floats:

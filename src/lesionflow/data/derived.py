@@ -111,6 +111,7 @@ _BINARY: dict[str, tuple[str, str, str, str, str]] = {
         "white light shows colours otherwise than polarised",
     ),
 }
+_CATEGORIES = tuple({column: None for column, *_ in (*_BINARY.values(), *_FLAGS.values())})
 
 
 def plain() -> tuple[Feature, ...]:
@@ -133,17 +134,17 @@ def plain_values(table: pl.DataFrame) -> dict[str, Floats]:
     category for 0 as well, else 0 in every flag of its column: none of these places is known to be the lesion's.
     """
     values = {name: _number(table, name) for name in NUMBERS}
+    codes = _codes(table)
     for name, (column, yes, no, _, _) in _BINARY.items():
-        values[name] = _coded(table, column, {yes: 1.0, no: 0.0}, np.nan)
+        values[name] = _lookup(codes, column, {yes: 1.0, no: 0.0}, np.nan)
     for name, (column, cells, _, _) in _FLAGS.items():
-        values[name] = _coded(table, column, dict.fromkeys(cells, 1.0), 0.0)
+        values[name] = _lookup(codes, column, dict.fromkeys(cells, 1.0), 0.0)
     return values
 
 
 def sites(table: pl.DataFrame) -> NDArray[np.int64]:
     """Index of `anatom_site_general` in `schema.SITES`, -1 where it is unknown: int64 [N]."""
-    coded = _coded(table, "anatom_site_general", {s: float(i) for i, s in enumerate(SITES)}, -1.0)
-    return coded.astype(np.int64)
+    return _codes(table)["anatom_site_general"]
 
 
 def _number(table: pl.DataFrame, name: str) -> Floats:
@@ -163,12 +164,27 @@ def _number(table: pl.DataFrame, name: str) -> Floats:
     return values
 
 
-def _coded(table: pl.DataFrame, column: str, codes: Mapping[str, float], other: float) -> Floats:
-    if column not in table.columns or table[column].dtype == pl.Null:
-        return np.full(table.height, other)
-    cells = table[column].cast(pl.String).str.strip_chars().str.to_lowercase()
-    lowered = {cell.lower(): code for cell, code in codes.items()}
-    return cells.replace_strict(lowered, default=other, return_dtype=pl.Float64).fill_null(other).to_numpy().copy()
+def _codes(table: pl.DataFrame) -> dict[str, NDArray[np.int64]]:
+    """Column -> index of each cell in the schema's values [N], -1 where it is none of them."""
+    found = {name: np.full(table.height, -1) for name in _CATEGORIES}
+    read = table.select(
+        pl.col(name)
+        .cast(pl.String)
+        .str.strip_chars()
+        .str.to_lowercase()
+        .cast(pl.Enum([value.lower() for value in BY_NAME[name].values]), strict=False)
+        .to_physical()
+        .cast(pl.Int64)
+        .fill_null(-1)
+        for name in _CATEGORIES
+        if name in table.columns
+    )
+    return found | {column.name: column.to_numpy() for column in read}
+
+
+def _lookup(codes: Mapping[str, NDArray[np.int64]], column: str, meant: Mapping[str, float], other: float) -> Floats:
+    # Code -1 takes the last.
+    return np.array([*(meant.get(value, other) for value in BY_NAME[column].values), other])[codes[column]]
 
 
 def ratio(above: Floats, below: Floats) -> Floats:

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "lesionflow"
 # Lowest first; a room may import rooms of its own level and below.
 LEVELS = (
-    ("errors", "keys", "fields", "recipe", "options", "progress", "graphfile", "__init__"),
+    ("errors", "keys", "fields", "recipe", "options", "progress", "graphfile", "wheel", "__init__"),
     ("data",),
     ("bundle",),
     ("models", "evaluation", "serving"),

@@ -250,6 +250,56 @@ def predict(
 
 
 @app.command()
+def submit(
+    bundle: BundleArgument,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of the competition's test files.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Submission file (isic_id,target).")] = Path("submission.csv"),
+    notebook: Annotated[
+        Path | None, typer.Option(help="Write this folder for a Kaggle notebook without network instead.")
+    ] = None,
+    owner: Annotated[str, typer.Option(help="Kaggle user whose dataset and notebook that is.")] = "",
+    wheels: Annotated[bool, typer.Option(help="Put the packages that lesionflow needs into it.")] = True,
+    skip_corrupt: Annotated[bool, typer.Option(help="Count and list unusable images instead of stopping.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a Kaggle submission from the test files, checked against sample_submission.csv where there is one.
+
+    Example: lesionflow submit runs/first/bundle --data data/isic-2024 --out submission.csv
+
+    With --notebook, write a folder instead: wheels, bundle and a notebook that does this without network.
+
+    Example: lesionflow submit runs/first/bundle --notebook kaggle --owner me
+    """
+    from lesionflow.serving import notebook as folders
+    from lesionflow.serving import submission
+
+    if (data is None) == (notebook is None):
+        raise UsageError("submit: give --data DIR for a submission, or --notebook FOLDER for a notebook that makes one")
+    if notebook is not None:
+        made = folders.write_folder(bundle, notebook, owner=owner, wheels=wheels, progress=not quiet)
+        if as_json:
+            print_json(made)
+            return
+        typer.echo(
+            f"{made['folder']}: {made['packages']} wheels for Python {made['python']}, {made['bytes'] / 1e6:.0f} MB\n"
+            f"kaggle datasets create -p {made['folder']} --dir-mode zip   ({made['dataset']})\n"
+            f"kaggle kernels push -p {made['folder']}   ({made['kernel']})"
+        )
+        return
+    assert data is not None
+    result = submission.submit(bundle, data, out, skip_corrupt=skip_corrupt, progress=not quiet)
+    if as_json:
+        print_json(result)
+        return
+    asked = f"as {submission.SAMPLE} asks" if result["sample"] else f"no {submission.SAMPLE} to check against"
+    used = ", ".join(f"{count:,} by {mode.replace('_', ' and ')}" for mode, count in result["modes"].items())
+    typer.echo(f"{result['out']}: {result['rows']:,} rows ({used}), {asked}")
+    for skipped in result["skipped"]:
+        typer.echo(f"left out {skipped['isic_id']}: {skipped['reason']}", err=True)
+
+
+@app.command()
 def score(
     submission: Annotated[
         Path, typer.Argument(help="CSV or Parquet with isic_id and target (or a run's oof.parquet).")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lesionflow.cluster.pipeline import INSTALL
-from lesionflow.cluster.wheel import file_name, wheel_bytes
+from lesionflow.wheel import file_name, wheel_bytes
 from lesionflow.recipe import shipped
 
 

@@ -210,7 +210,7 @@ def build(place: Place | None = None, *, source: str = "") -> Any:
 def _installed(place: Place) -> Any:
     from kfp import kubernetes
 
-    from lesionflow.cluster.wheel import file_name
+    from lesionflow.wheel import file_name
 
     task = install(environment=place.environment, wheel=file_name(), index=place.settings.image.index)
     _place(task.set_caching_options(False), place, heavy=True, environment=False)

@@ -1,4 +1,4 @@
-"""This package as a wheel, made from what is installed: how the code reaches a cluster without an image builder.
+"""This package as a wheel, made from what is installed: how the code reaches a cluster or an offline notebook.
 
 A wheel is an archive of a package's files and its metadata. It is packed from the running code, be that a
 checkout or an installation, without a build tool or a network, and equal code gives equal bytes.
@@ -31,7 +31,7 @@ def wheel_bytes() -> bytes:
         distribution = metadata.distribution("lesionflow")
     except metadata.PackageNotFoundError:
         raise UsageError("lesionflow isn't installed, so it can't be packed: pip install it first") from None
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parent
     files = {
         f"lesionflow/{path.relative_to(package).as_posix()}": path.read_bytes()
         for path in sorted(package.rglob("*"))

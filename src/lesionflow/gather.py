@@ -133,9 +133,9 @@ def _joined(
 
     recipe = recipe_of(run)
     if recipe.tabular.missing == "refuse":
-        from lesionflow.data import missingness
+        from lesionflow.data.missingness import refuse
 
-        missingness.refuse(missingness.check_missing(store.table, store.targets))
+        refuse(store.table, store.targets, ids=store.ids)
     blocks = recipe.tabular.blocks
     own = tuple(name for name in blocks if name in ("plain", "derived"))
     record = features(store.table, own)

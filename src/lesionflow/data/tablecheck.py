@@ -15,6 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from lesionflow.data.findings import Finding, error, warning
+from lesionflow.data.missingness import check_missing
 from lesionflow.data.schema import BY_NAME, TRAIN_ONLY
 from lesionflow.data.table import as_number, as_target, is_number
 
@@ -219,28 +220,11 @@ def _targets(cells: pl.DataFrame, part: str) -> Iterator[Finding]:
 
 
 def _missing_by_label(cells: pl.DataFrame) -> Iterator[Finding]:
-    """Columns that are empty much more often for one label: being filled would itself predict it.
-
-    Flagged when the shares of empty cells differ by 0.1 or more, and by six standard errors.
-    """
-    target = cells.select(as_target())["target"]
-    groups = [cells.filter(target == value) for value in (0, 1)]
-    sizes = [g.height for g in groups]
-    if not all(sizes):
-        return
-    leaking = []
-    for name in cells.columns:
-        if name in TRAIN_ONLY or name == "isic_id":
-            continue
-        empty = [g[name].null_count() for g in groups]
-        benign, malignant = (e / n for e, n in zip(empty, sizes, strict=True))
-        pooled = sum(empty) / sum(sizes)
-        spread = math.sqrt(pooled * (1 - pooled) * (1 / sizes[0] + 1 / sizes[1]))
-        if abs(benign - malignant) >= max(0.1, 6 * spread):
-            leaking.append(f"{name} (empty: {benign:.0%} of benign, {malignant:.0%} of malignant)")
-    if leaking:
+    """Columns that are empty much more often for one label: being filled would itself predict it."""
+    labelled = cells.with_columns(cells.select(as_target())).drop_nulls("target")
+    if found := check_missing(labelled, labelled["target"]):
         yield warning(
-            "missing_by_label", "target", leaking, "whether these columns are filled gives the label away",
+            "missing_by_label", "target", found, "whether these columns are filled gives the label away",
             "train on images only, or on rows that have them, and never give a model their missingness",
         )  # fmt: skip
 

@@ -158,11 +158,9 @@ def _parts(names: Sequence[str]) -> list[str]:
 
 
 def _pairs(names: Sequence[str], served: str) -> list[tuple[str, str]]:
-    """Each mode against what is served, and what each part adds: (a, b) for a - b, each once."""
-    wanted = [(name, served) for name in names if name != served]
-    wanted += [(after, before) for _, before, after in _steps(names)]
-    wanted += [(served, part) for part in _parts(names) if part != served]
-    return list(dict.fromkeys(wanted))
+    """What is served against each mode, and what each part adds: (a, b) for a - b, each once."""
+    wanted = [(served, name) for name in names if name != served]
+    return list(dict.fromkeys(wanted + [(after, before) for _, before, after in _steps(names)]))
 
 
 def _figures(found: Sequence[Figure] | None) -> dict[str, Any]:
@@ -172,11 +170,26 @@ def _figures(found: Sequence[Figure] | None) -> dict[str, Any]:
 
 
 def _both(between: Mapping[str, Mapping[tuple[str, str], Pair]], pair: tuple[str, str]) -> dict[str, Any]:
-    return {where: _difference(between.get(where, {}).get(pair)) for where in ("out_of_fold", "holdout")}
+    return {where: _difference(between.get(where), pair) for where in ("out_of_fold", "holdout")}
 
 
-def _difference(pair: Pair | None) -> dict[str, Any]:
-    return {"reason": NO_HOLDOUT} if pair is None else pair.difference.to_dict() | {"p_better": pair.p_better}
+def _difference(found: Mapping[tuple[str, str], Pair] | None, pair: tuple[str, str]) -> dict[str, Any]:
+    if found is None:
+        return {"reason": NO_HOLDOUT}
+    if pair in found:
+        return found[pair].difference.to_dict() | {"p_better": found[pair].p_better}
+    # b - a, with its interval turned round.
+    one, (low, high) = found[pair[::-1]], ("low", "high")
+    result, better = one.difference.to_dict(), one.p_better
+    ends = {
+        name: None if result["interval"][of] is None else -result["interval"][of]
+        for name, of in ((low, high), (high, low))
+    }
+    return {
+        "value": -(one.difference.value or 0.0),
+        "interval": result["interval"] | ends,
+        "p_better": None if better is None else 1 - better,
+    }
 
 
 def _fitted(

@@ -25,6 +25,7 @@ from lesionflow.evaluation.resample import Measure, Patients, partial_area
 
 METHOD = "patient-clustered paired bootstrap-t, symmetric"
 METHOD_ALIKE = "both order the lesions alike"
+_ATOMS = 20_000  # Lone lesions that several scores place differently can't be drawn together; two by two they can.
 _ROUNDING = 1e-7  # A standard error under this share of the largest value is rounding.
 
 
@@ -105,6 +106,12 @@ def compare_several(
         refused = _refused(patients, level, reason)
         alone = {name: [Figure(v, refused) for v in of] for name, of in value.items()}
         return alone, {one: _pair(point(*one), refused) for one in pairs}
+    if len(patients.multiplicity) > _ATOMS:
+        options: dict[str, Any] = {"replicates": replicates, "seed": seed, "level": level}
+        alone = {name: intervals.figures(Patients(y, [s], groups), measures, **options) for name, s in scores.items()}
+        return alone, {
+            (a, b): compare_scores(y, scores[a], scores[b], groups, measures[:1], **options)[0] for a, b in pairs
+        }
     # Pairs of one order have no spread to measure.
     orders = {name: _order(scores[name]) for pair in pairs for name in pair}
     alike = {(a, b) for a, b in pairs if np.array_equal(orders[a], orders[b])}

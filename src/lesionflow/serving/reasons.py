@@ -35,8 +35,8 @@ Floats = NDArray[np.float64]
 
 NOTICEABLE = log(1.25)
 """Named from here on: what makes the odds a quarter higher."""
-STRONG = log(2)
-"""What speaks against a lesion is named where it halves the odds."""
+STRONG = log(1.5)
+"""What speaks against a lesion is named where it makes the odds a third lower."""
 MOST = 3
 """Phrases for a lesion, all together."""
 TOGETHER = 3
@@ -51,7 +51,12 @@ SITES = {
     "posterior torso": "on the back",
     "upper extremity": "on the arms",
 }
-_COMPARED = re.compile(r"(.+)_(patient|site)_(diff|robust_z|z|rank|share)")
+_COMPARED = re.compile(r"(.+)_(?:patient|site)_(?:diff|robust_z|z|rank|share)|(.+)_near_diff")
+_VISIBLE = {
+    "clin_size_long_diam_mm": 0.5, "tbp_lv_L": 2.0, "tbp_lv_deltaLBnorm": 1.0, "tbp_lv_norm_color": 0.5,
+    "tbp_lv_norm_border": 0.5, "tbp_lv_nevi_confidence": 5.0,
+}  # fmt: skip
+"""Differences to the nearest lesions from which on they are named."""
 
 
 def _signed(below: str, above: str) -> Callable[[float], str]:
@@ -66,7 +71,7 @@ _STATED: Mapping[str, _Said] = {
     "sex": {"male": lambda v: "the patient is a man" if v == 1 else "the patient is a woman"},
     "size": {"clin_size_long_diam_mm": lambda v: f"{v:.1f} mm across"},
     "darkness": {"tbp_lv_deltaL": _signed("darker", "lighter")},
-    "naevus": {"tbp_lv_nevi_confidence": lambda v: f"the scanner takes it for a naevus with {v:.0f} % confidence"},
+    "naevus": {"tbp_lv_nevi_confidence": lambda v: f"the scanner's confidence in a naevus is {v:.0f} %"},
 }
 _OWN: Mapping[str, _Said] = {
     # As above, but each said only for itself: these concepts hold different things.
@@ -154,17 +159,23 @@ def _told(lesion: _Lesion, topics: Topics) -> list[_Told]:
     alone, compared = [], dict[str, list[_Told]]()
     for (concept, against), features in topics.items():
         weight = lesion.share([feature.name for feature in features])
-        if not against:
-            if words := _statement(lesion, concept, weight):
-                alone.append(_Told(weight, words))
-        elif (one := _comparison(lesion, features, weight, against)) is not None:
+        if words := _statement(lesion, concept, against, weight):
+            alone.append(_Told(weight, words))
+        elif against and (one := _comparison(lesion, features, weight, against)) is not None:
             compared.setdefault(concept, []).append(one)
     strongest = [max(of, key=lambda one: (abs(one.weight), one.against)) for of in compared.values()]
     return [*alone, *strongest]
 
 
-def _statement(lesion: _Lesion, concept: str, weight: float) -> str:
-    """What the lesion is by itself, of this concept: numbers, not judgements."""
+def _statement(lesion: _Lesion, concept: str, against: str, weight: float) -> str:
+    """What the lesion is, of this concept: numbers, not judgements."""
+    if (concept, against) == ("look", "patient"):
+        return _look(lesion)
+    if (concept, against) == ("place", "neighbours"):
+        near = lesion.value("nearest_mm")
+        return f"the nearest other lesion is {near:.0f} mm away" if np.isfinite(near) else ""
+    if against:
+        return ""
     if concept == "place":
         return f"it lies {lesion.where}" if lesion.where else ""
     own, whole = _OWN.get(concept, {}), _STATED.get(concept, {})
@@ -177,22 +188,37 @@ def _statement(lesion: _Lesion, concept: str, weight: float) -> str:
     return ""
 
 
+def _look(lesion: _Lesion) -> str:
+    """How far from the patient's usual lesion, all things together."""
+    rank, others = lesion.value("look_to_median_rank"), lesion.value("patient_lesions") - 1
+    if rank > CLEAR:
+        # Ties count half; whoever is as far isn't nearer.
+        nearer = np.floor(rank * others) / others if others > 0 else rank
+        share = "all other lesions" if nearer == 1 else f"{np.floor(100 * nearer + 1e-9):.0f} % of the others"
+        return f"less like this patient's usual lesion than {share}"
+    return "more like this patient's usual lesion than most of the others" if rank < 1 - CLEAR else ""
+
+
 def _comparison(lesion: _Lesion, features: Sequence[Feature], weight: float, against: str) -> _Told | None:
     """How the lesion compares with the others in this concept, if it clearly does."""
     by_base: dict[str, list[Feature]] = {}
     for feature in features:
         if found := _COMPARED.fullmatch(feature.name):
-            by_base.setdefault(found[1], []).append(feature)
+            by_base.setdefault(found[1] or found[2], []).append(feature)
     weighed = sorted(((lesion.share([f.name for f in of]), base) for base, of in by_base.items()), reverse=weight > 0)
     for share, base in weighed:
         if share * weight <= 0:
             break
-        rank = lesion.value(f"{base}_{against}_rank")
         one = by_base[base][0]
-        # NaN is neither: with no other lesion there is nothing to say.
-        word = one.higher if rank > CLEAR else one.lower if rank < 1 - CLEAR else ""
-        if word:
-            return _Told(weight, word, against, rank in (0.0, 1.0))
+        # NaN is neither more nor less: with no other lesion there is nothing to say.
+        if against == "neighbours":
+            gap = lesion.value(f"{base}_near_diff")
+            more, less, every = gap >= _VISIBLE[base], gap <= -_VISIBLE[base], True
+        else:
+            rank = lesion.value(f"{base}_{against}_rank")
+            more, less, every = rank > CLEAR, rank < 1 - CLEAR, rank in (0.0, 1.0)
+        if word := one.higher if more else one.lower if less else "":
+            return _Told(weight, word, against, every)
     return None
 
 
@@ -208,6 +234,8 @@ def _phrases(lesion: _Lesion, told: Sequence[_Told]) -> list[str]:
 
 
 def _others(lesion: _Lesion, against: str, every: bool) -> str:
+    if against == "neighbours":
+        return "the lesions nearest to it are on average"
     count = lesion.value(f"{against}_lesions")
     whose = "this patient's other lesion" if count == 2 else "this patient's other lesions"
     where = f" {lesion.where or 'on the same body site'}" if against == "site" else ""

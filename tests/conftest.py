@@ -26,6 +26,7 @@ TINY = [
     "training.validate_every=1",
     "evaluation.replicates=200",
     "gate.pauc_floor=0",
+    "tabular.rounds=20",
 ]
 
 
@@ -88,6 +89,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, synthetic: Path, tiny_rec
     planned = steps.begin(run, tiny_recipe, synthetic)
     steps.prepare(run, synthetic, planned["prepare"])
     steps.split(run, planned["split"])
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, synthetic: Path, tiny_recipe: Recipe) -> Path:
+    """A run of the tiny recipe, pictures and metadata, from data to a smoked bundle; tests copy it before a change."""
+    from lesionflow import steps
+
+    run = tmp_path_factory.mktemp("finished") / "run"
+    steps.run_all(tiny_recipe, synthetic, run)
     return run
 
 

@@ -13,13 +13,6 @@ from lesionflow.errors import DataError, GateRefused, UsageError
 from lesionflow.recipe import Recipe
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, synthetic: Path, tiny_recipe: Recipe) -> Path:
-    run = tmp_path_factory.mktemp("finished") / "run"
-    steps.run_all(tiny_recipe, synthetic, run)
-    return run
-
-
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))

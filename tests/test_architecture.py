@@ -22,7 +22,10 @@ LEVELS = (
     ("cluster",),
     ("cli", "__main__"),
 )
-TORCH_FREE = ("bundle", "graphfile", "data.schema", "data.images", "serving.predictor", "serving.app", "serving.client")
+TORCH_FREE = (
+    "bundle", "graphfile", "data.schema", "data.images", "data.external",
+    "serving.predictor", "serving.app", "serving.client", "serving.submission", "serving.notebook",
+)  # fmt: skip
 
 
 def level(module: str) -> int:

@@ -548,6 +548,58 @@ def data_fetch(
         typer.echo(str(path))
 
 
+@data_app.command("convert")
+def data_convert(
+    kind: Annotated[str, typer.Argument(help="isic2018, isic2019, isic2020 or pad-ufes-20.", metavar="KIND")],
+    source: Annotated[Path, typer.Argument(help="The set as published, unpacked.", metavar="FOLDER")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write the data set.")],
+    uncertain: Annotated[
+        str, typer.Option(help="What an actinic keratosis is: benign, malignant, or drop.")
+    ] = "benign",
+    without: Annotated[list[Path] | None, typer.Option(help="Leave out the ids of this data set; repeatable.")] = None,
+    side: Annotated[
+        int, typer.Option(min=0, help="Scale images down to this shorter side, pixels; 0: as they are.")
+    ] = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Convert a public set of skin lesions to a data set directory, to start an image model from.
+
+    Example: lesionflow data convert isic2019 ISIC_2019 --out data/isic-2019 --side 256
+    """
+    from lesionflow.data.external import convert
+
+    counts = convert(kind, source, out, uncertain=uncertain, without=without or (), side=side, progress=not quiet)
+    if as_json:
+        print_json(counts)
+        return
+    left_out = "; ".join(f"{number:,} left out ({reason})" for reason, number in counts["dropped"].items())
+    typer.echo(
+        f"{out}: {counts['lesions']:,} lesions, {counts['malignant']:,} malignant, {counts['licence']}"
+        f"{'; ' * bool(left_out)}{left_out}"
+    )
+
+
+@data_app.command("overlap")
+def data_overlap(
+    a: Annotated[Path, typer.Argument(help="Data set directory or metadata file.", metavar="A")],
+    b: Annotated[Path, typer.Argument(help="Another.", metavar="B")],
+    as_json: JsonOption = False,
+) -> None:
+    """List the ids that two data sets have in common; exit 3 if there are any.
+
+    Example: lesionflow data overlap data/isic-2019 data/isic-2024
+    """
+    from lesionflow.data.external import overlap
+
+    ids = overlap(a, b)
+    print_json(ids) if as_json else typer.echo("\n".join(ids) or "no id in common")
+    if ids:
+        raise DataError(
+            f"{a} and {b}: {len(ids):,} ids in common; leave them out (`lesionflow data convert --without`)"
+        )
+
+
 @data_app.command("check")
 def data_check(
     directory: Annotated[Path, typer.Argument(help="Data set directory.", metavar="DIR")],

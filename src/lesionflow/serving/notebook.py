@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def write_folder(
     try:
         own = work / "wheels" / file_name()
         slug = _slug(opened.name)
-        steps = (
+        steps: tuple[Callable[[], object], ...] = (
             lambda: own.write_bytes(wheel_bytes()),
             lambda: _download(own, extras) if wheels else None,
             lambda: Bundle.open(Path(shutil.copytree(bundle, work / "bundle"))),

@@ -22,12 +22,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
+from lesionflow.data import missingness
+from lesionflow.data.features import Matrix, features
 from lesionflow.data.folds import HOLDOUT, make_folds
 from lesionflow.data.source import open_source
 from lesionflow.errors import DataError, UsageError
@@ -38,9 +40,6 @@ from lesionflow.models.boosters import KINDS, Floats, cores, library
 from lesionflow.models.tabular import Boosted
 from lesionflow.progress import track
 from lesionflow.recipe import Recipe, Tabular
-
-if TYPE_CHECKING:
-    from lesionflow.data.features import Matrix
 
 SPACE: dict[str, tuple[float, float]] = {
     "rounds": (50, 800),
@@ -98,8 +97,6 @@ def tune(
     Images aren't looked at. Returns `Found.to_dict()`. Raises `DataError` for metadata that can't be used, or whose
     empty cells tell malignant from benign lesions (`tabular.missing`), `UsageError` as `search` does.
     """
-    from lesionflow.data import features
-
     library("optuna", "tune")  # Before anything is computed.
     with open_source(data) as source:
         table = source.metadata
@@ -108,8 +105,8 @@ def tune(
     table = table.filter(pl.col("target").is_not_null())
     y = table["target"].to_numpy()
     if recipe.tabular.missing == "refuse":
-        _refuse_telling_gaps(table, y)
-    matrix = features.features(table, blocks(recipe.tabular), threads=threads)
+        missingness.refuse(table, y, ids=table["isic_id"].to_list())
+    matrix = features(table, blocks(recipe.tabular), threads=threads)
     owner = pl.coalesce("patient_id", "isic_id") if "patient_id" in table.columns else pl.col("isic_id")
     groups = table.select(owner.alias("group"))["group"].to_list()
     found = search(
@@ -293,9 +290,3 @@ def _study(
 def _complete(optuna: Any, study: Any) -> list[Any]:
     """Trials with a value, in their order."""
     return [one for one in study.trials if one.state == optuna.trial.TrialState.COMPLETE]
-
-
-def _refuse_telling_gaps(table: pl.DataFrame, y: NDArray[np.int8]) -> None:
-    from lesionflow.data.missingness import refuse
-
-    refuse(table, y)

@@ -20,17 +20,14 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lesionflow.data.features import Matrix
 from lesionflow.errors import DataError, UsageError
 from lesionflow.models.boosters import KINDS, Booster, Floats, cores, read
 from lesionflow.recipe import Tabular
-
-if TYPE_CHECKING:
-    from lesionflow.data.features import Matrix
 
 _FILE = re.compile(r".*-(lightgbm|catboost|xgboost)-(\d+)\.(?:txt|json)")
 

@@ -161,6 +161,26 @@ def test_a_fold_s_own_targets_reach_no_score_of_its_metadata(world: World, stack
             assert not np.array_equal(changed.oof[mode][~here], stacks["linear"].oof[mode][~here])
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.7])
+def test_a_way_to_join_is_fitted_on_the_other_folds_out_of_fold_scores(world: World, noise: float) -> None:
+    rows = np.flatnonzero(world.folds.fold >= 0)
+    fold, y, image, alone = (a[rows] for a in (world.folds.fold, world.y, world.image, world.alone))
+    for method in ("linear", "trees"):
+        stacked = world.fit(method=method, noise=noise)
+        for mode, of, matrix in (("image_record", "record", world.record), ("image_visit", "visit", world.visit)):
+            margin = stacked.oof[of]
+            if method == "trees":
+                margin = np.empty(len(y))
+                for k, pipeline in enumerate(stacked.pipelines):
+                    here = fold == k
+                    margin[here] = pipeline.ways[mode].margin(image[here], matrix.values[rows][here])
+            for k, pipeline in enumerate(stacked.pipelines):
+                # Only lesions with company say how context and picture are joined.
+                others = (fold != k) & ~(alone & (of == "visit"))
+                inputs = [image[others], margin[others]] if method == "linear" else [margin[others]]
+                assert pipeline.ways[mode].line == fit_line(inputs, y[others]), (method, mode, k)
+
+
 def test_pictures_that_a_model_learned_from_are_refused_by_name(world: World) -> None:
     rows = np.flatnonzero(world.folds.fold >= 0)
     planted = world.folds.fold[rows].copy()
@@ -183,7 +203,7 @@ def test_a_lesion_of_the_hold_out_is_not_learned_from(world: World) -> None:
 def test_columns_that_can_t_be_features_are_refused_by_name(world: World, name: str) -> None:
     rows = np.flatnonzero(world.folds.fold >= 0)
     with pytest.raises(DataError, match=name):
-        world.fit(record=Matrix(("a", name), world.record.values[rows]), visit=None)
+        world.fit(record=Matrix(("a", name), world.record.values[rows]), visit=None, record_h=None)
 
 
 def test_what_does_not_match_or_is_not_finite_is_named(world: World) -> None:
@@ -352,6 +372,16 @@ def test_contributions_add_up_to_the_visit_s_score(world: World, stacks: dict[st
     np.testing.assert_allclose(shares.sum(1), stacks["linear"].holdout["record"].mean(1), atol=1e-6)
 
 
+def test_the_hold_out_is_scored_by_every_fold_s_pipeline_in_order(world: World, stacks: dict[str, Stacked]) -> None:
+    held = world.folds.holdout_rows()
+    for k, pipeline in enumerate(stacks["auto"].pipelines):
+        scores = pipeline.scores(
+            world.image[held] + 0.1 * k, world.record.values[held], world.visit.values[held], world.alone[held]
+        )
+        for mode in MODES:
+            np.testing.assert_array_equal(scores[mode], stacks["auto"].holdout[mode][:, k])
+
+
 def test_noise_is_for_learning_alone(world: World, stacks: dict[str, Stacked]) -> None:
     noisy = world.fit(method="trees", noise=0.5)
     assert not np.array_equal(noisy.oof["image_visit"], stacks["trees"].oof["image_visit"])
@@ -404,6 +434,15 @@ def test_a_damaged_index_is_refused_by_its_field(
     change(top)
     (tmp_path / "stack.json").write_text(json.dumps(top))
     with pytest.raises(DataError, match=match):
+        Joined.load(reader(tmp_path))
+
+
+def test_a_number_too_large_is_refused(stacks: dict[str, Stacked], tmp_path: Path) -> None:
+    save_stack(stacks["linear"], tmp_path)
+    top = json.loads((tmp_path / "stack.json").read_text())
+    way(top)["line"]["intercept"] = "here"
+    (tmp_path / "stack.json").write_text(json.dumps(top).replace('"here"', "1e999"))
+    with pytest.raises(DataError, match=r"line\.intercept: expected a finite number"):
         Joined.load(reader(tmp_path))
 
 

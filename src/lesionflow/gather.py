@@ -145,15 +145,16 @@ def _joined(
     rows = np.array([place[name] for name in oof["isic_id"]], np.int64)
     held = np.array([place[name] for name in (holdout["isic_id"] if holdout is not None else [])], np.int64)
 
-    def part(matrix: Matrix | None, chosen: NDArray[np.int64]) -> Matrix | None:
-        return None if matrix is None else Matrix(matrix.names, matrix.values[chosen])
+    def part(matrix: Matrix, chosen: NDArray[np.int64]) -> Matrix:
+        return Matrix(matrix.names, matrix.values[chosen])
 
     none = np.zeros((0, folds.count))
     picture_logits = none if holdout is None or not store.pictures else np.array(holdout["fold_logits"].to_list())
     stacked = fit_stack(
         oof["logit"].to_numpy() if store.pictures else None,
         picture_logits if store.pictures else None,
-        part(record, rows), part(visit, rows), part(record, held), part(visit, held), alone[rows], alone[held],
+        part(record, rows), part(visit, rows) if visit else None,
+        part(record, held), part(visit, held) if visit else None, alone[rows], alone[held],
         oof["target"].to_numpy(), oof["fold"].to_numpy(),
         tabular=recipe.tabular, stack=recipe.stack, seed=recipe.seed,
         ids=oof["isic_id"].to_list(), model_fold=oof["fold"].to_numpy(), folds=folds, progress=progress,

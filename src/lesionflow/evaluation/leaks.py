@@ -106,7 +106,7 @@ def duplicates(
     compared. How near-duplicates are found, and what escapes, is said in `data.duplicates`.
     """
     if not store.pictures:
-        none = {"count": None, "checked": 0, "pairs": [], "reason": "the lesions have no pictures"}
+        none: dict[str, Any] = {"count": None, "checked": 0, "pairs": [], "reason": "the lesions have no pictures"}
         return {"exact_duplicates": none, "near_duplicates": none}
     same: dict[bytes, list[int]] = defaultdict(list)
     for row in track(range(len(store)), "hash images", total=len(store), show=progress):

@@ -236,7 +236,7 @@ def _write_reference(
     work: Path, predictor: Predictor, reference: Sequence[tuple[str, bytes]], visit: pl.DataFrame | None
 ) -> None:
     """The reference lesions and the predictor's answers about them, of each by its picture and of all as a visit."""
-    answers = []
+    answers: list[dict[str, Any]] = []
     for name, data in reference:
         with atomic(work / "reference" / name) as file:
             file.write(data)

@@ -29,7 +29,7 @@ from lesionflow.evaluation.intervals import Figure
 from lesionflow.evaluation.rates import rate
 from lesionflow.keys import atomic, write_json
 from lesionflow.progress import track
-from lesionflow.serving.graph import Floats, Graph
+from lesionflow.serving.graph import Floats, Graph, NoGraph
 from lesionflow.serving.heat import LEGEND, OUTLINED, enlarged, highest, overlay
 from lesionflow.serving.predictor import Predictor
 
@@ -43,7 +43,7 @@ Mask = NDArray[np.bool_]
 _BATCH = 32
 
 
-def cams(graph: Graph | Remote, pixels: Pixels) -> Floats:
+def cams(graph: Graph | NoGraph | Remote, pixels: Pixels) -> Floats:
     """uint8 [B, S, S, 3] to class-activation maps float32 [B, h, w], in logits; a map's mean is the lesion's logit.
 
     Raises `UsageError` for a graph that gives none, or that runs elsewhere.
@@ -52,7 +52,7 @@ def cams(graph: Graph | Remote, pixels: Pixels) -> Floats:
 
 
 def deletion(
-    graph: Graph | Remote,
+    graph: Graph | NoGraph | Remote,
     pixels: Pixels,
     *,
     groups: ArrayLike | None = None,
@@ -149,7 +149,9 @@ def explain_files(bundle: Path | Predictor, images: Path, out: Path, *, progress
     return summary
 
 
-def _local(graph: Graph | Remote) -> Graph:
+def _local(graph: Graph | NoGraph | Remote) -> Graph:
+    if isinstance(graph, NoGraph):
+        raise graph.no_maps()
     if not isinstance(graph, Graph):
         raise UsageError("class-activation maps come from the bundle's own graph: ask without --predictor-host")
     return graph

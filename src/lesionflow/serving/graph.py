@@ -135,12 +135,13 @@ class NoGraph:
         return np.zeros((0, self._models), np.float32), np.zeros(0, np.float32)
 
     def explained(self, pixels: Pixels) -> tuple[Floats, Floats, Floats]:
-        raise self._no_maps()
+        raise self.no_maps()
 
     def require_maps(self) -> None:
-        raise self._no_maps()
+        raise self.no_maps()
 
-    def _no_maps(self) -> UsageError:
+    def no_maps(self) -> UsageError:
+        """Why there are no class-activation maps."""
         return UsageError(f"{self._where}: knows metadata alone, so there are no maps of pictures")
 
 

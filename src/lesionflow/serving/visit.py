@@ -98,7 +98,8 @@ class Visits:
         `patient_id` says whose they are; without one each lesion stands alone.
         """
         image = np.asarray(fold_logits, np.float64)
-        seen, known, alone = np.isfinite(image).all(1), has_record(table), lesions_of_patient(table) == 1
+        seen: Flags = np.asarray(np.isfinite(image).all(axis=1))
+        known, alone = has_record(table), lesions_of_patient(table) == 1
         record = features(table, self._own)
         visit = features(table, self.joined.blocks) if self.joined.blocks != self._own else None
         pictures = np.where(seen[:, None], image, 0.0) if "image" in self.joined.modes else None

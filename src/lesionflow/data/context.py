@@ -144,7 +144,7 @@ class Groups:
         """`values` [N] in canonical order -> difference, z, robust z, rank and, if asked for, share of the largest."""
         if not len(self.rows):
             return [np.full(len(values), np.nan) for _ in range(4 + largest)]
-        x = values[self.rows]
+        x = values if self.position is None else values[self.rows]
         ordered = self._ascending(placed)
         unknown = np.isnan(x)
         known = np.add.reduceat((~unknown).astype(np.int64), self.starts)
@@ -179,7 +179,7 @@ class Groups:
         """
         place, rank = placed
         bits = max((len(place) - 1).bit_length(), 1)
-        key = (self.group << bits) | rank[self.rows]
+        key = (self.group << bits) | (rank if self.position is None else rank[self.rows])
         key.sort()
         found: Ints = place[key & ((1 << bits) - 1)]
         return found if self.position is None else self.position[found]
@@ -228,6 +228,8 @@ class Groups:
         return found
 
     def _spread_out(self, column: Floats, total: int) -> Floats:
+        if self.position is None:
+            return column
         found = np.full(total, np.nan)
         found[self.rows] = column
         return found

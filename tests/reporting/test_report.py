@@ -14,7 +14,7 @@ import pytest
 
 from lesionflow.evaluation import metrics
 from lesionflow.recipe import Recipe
-from lesionflow.reporting import charts, charts_clinical, checklists, report
+from lesionflow.reporting import charts, charts_clinical, charts_modes, checklists, report
 from lesionflow.reporting.card import card
 from lesionflow.reporting.report import write_report
 from lesionflow.reporting.wording import Notes, cell, number, plain
@@ -228,7 +228,19 @@ def test_missing_context_and_missing_intervals_still_make_a_page(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["served", "subgroups", "leaks", "calibration", "decision_curve", "operating", "split", "explain"]
+    "name",
+    [
+        "modes",
+        "tabular",
+        "served",
+        "subgroups",
+        "leaks",
+        "calibration",
+        "decision_curve",
+        "operating",
+        "split",
+        "explain",
+    ],
 )
 def test_a_part_that_is_absent_says_so(name, tmp_path):
     found, context = sample.metrics(), sample.context()
@@ -273,8 +285,8 @@ def test_the_card_holds_use_data_figures_limits_recipe_and_both_checklists():
     made = card(found, context)
     headings = re.findall(r"^## (.*)$", made, re.M)
     assert headings == [
-        "Intended use", "The model", "Data", "Figures", "What is served", "Subgroups", "Limits", "How it was made",
-        "CLAIM 2024", "TRIPOD+AI",
+        "Intended use", "The model", "Data", "Figures", "What is served", "What each part adds", "Subgroups", "Limits",
+        "How it was made", "CLAIM 2024", "TRIPOD+AI",
     ]  # fmt: skip
     assert made.count("Not a medical device.") == 1
     assert "**Synthetic data.**" in made
@@ -313,7 +325,7 @@ def test_every_pointer_of_a_checklist_leads_somewhere(items):
     for item in items:
         said = checklists.answer(item, found)
         assert ("not done" in said) == (not item.pointers)
-        for pointer in item.pointers:
+        for pointer in item.pointers + item.more:
             kind, path = pointer.split(":", 1)
             if kind == "metrics":
                 assert checklists.find(path, found) not in (None, [], {}), pointer
@@ -325,7 +337,7 @@ def test_every_pointer_of_a_checklist_leads_somewhere(items):
                 assert path in report.SECTIONS.values(), pointer
             else:
                 assert kind == "file"
-                assert path in ("explain.json", "gallery.html")
+                assert path in ("explain.json", "gallery.html", "docs/features.md")
 
 
 def test_what_a_run_lacks_is_not_claimed_in_a_checklist():
@@ -387,3 +399,75 @@ def test_text_and_lines_of_charts_contrast_with_their_ground(scheme):
     assert contrast("warn", "warn-bg") >= 4.5
     for i in range(6):
         assert contrast(f"s{i}", "page") >= 3
+
+
+def test_what_each_part_adds_stands_with_its_interval_and_how_sure_it_is(text):
+    words = " ".join(" ".join(Page(text).words).split())
+    found = sample.metrics()["modes"]
+    for one in found["adds"]:
+        assert plain(one["out_of_fold"], "signed").replace("(", "").replace(")", "") in words
+    assert "Picture and metadata, compared with the patient's other lesions served" in words
+    assert "What is served, where there is enough for it: picture and metadata, compared" in words
+    svg = charts_modes.differences(
+        [
+            {"label": one["block"], "out_of_fold": one["out_of_fold"], "holdout": one["holdout"]}
+            for one in found["adds"]
+        ],
+        "x",
+    )
+    assert (svg.count('class="dot"'), svg.count('class="none-found"'), svg.count("whisker held")) == (5, 5, 5)
+    zero = float(re.search(r'class="chance" d="M([\d.]+)', svg).group(1))
+    for row, at in zip(found["adds"], re.findall(r'class="dot" cx="([\d.]+)"', svg), strict=True):
+        assert (float(at) > zero) == (row["out_of_fold"]["value"] > 0)
+    assert charts_modes.differences([], "x") == charts_modes.importances([], "x") == ""
+
+
+def test_each_way_to_score_has_its_thresholds_or_none(text, tmp_path):
+    assert text.count("refer or routine</td>") == 5
+    words = unescape(page(tmp_path, sample.bare(), sample.context()))
+    assert "Thresholds of each way to score" not in words
+    assert "No patients were set aside" in words or "no patients were set aside" in words
+
+
+def test_the_twenty_largest_importances_are_shown_by_block_and_the_joining_is_said(text):
+    every = sorted(sample.tabular()["importances"], key=lambda one: -one["share"])
+    chart = re.search(r'<svg[^>]*aria-labelledby="importances-t.*?</svg>', text, re.S).group(0)
+    for i, one in enumerate(every):
+        assert (f">{one['name']}<" in chart) == (i < 20)
+    widths = [float(w) for w in re.findall(r'<rect class="benign"[^>]* width="([\d.]+)"', chart)]
+    names = re.findall(r">(tbp_\w+)<", chart)
+    share = {one["name"]: one["share"] for one in every}
+    assert [w / max(widths) for w in widths] == pytest.approx([share[n] / every[0]["share"] for n in names], abs=0.001)
+    own = sum(one["share"] for one in every if one["block"] == "plain")
+    assert f"The lesion&#39;s own columns: {own:.0%} of all" in chart or f"own columns: {own:.0%} of all" in chart
+    assert "(folds 0, 2 and 4)" in text
+    assert "the mean of the two ranks (fold 3)" in text
+    assert "3 LightGBM, 1 CatBoost in each fold" in text
+
+
+def test_a_run_without_metadata_says_nothing_of_it(tmp_path):
+    found, context = sample.metrics(), sample.context()
+    del found["modes"], context["tabular"]
+    text = page(tmp_path, found, context)
+    assert 'id="modes"' not in text
+    assert 'id="features"' not in text
+    made = card(found, context)
+    assert "It sees pixels only, no metadata." in made
+    assert "## What each part adds" not in made
+    assert "recipe `tabular" not in made
+
+
+def test_the_card_says_what_metadata_does_and_what_it_adds():
+    found, context = sample.metrics(), sample.context()
+    made = card(found, context)
+    assert "pixels only" not in made
+    assert "3 LightGBM, 1 CatBoost in each fold" in made
+    one = found["modes"]["adds"][0]["out_of_fold"]
+    assert f"| The lesion's metadata, to the picture | {plain(one, 'signed')} |" in made
+    assert "| Picture alone | 0.1301 (" in made
+    assert "| 9a | Choice of predictors | card, The model, recipe `tabular`" in made
+    assert "recipe `tabular.missing`" in made
+    del found["modes"]["each"]["image"], found["modes"]["each"]["image_record"], found["modes"]["each"]["image_visit"]
+    found["modes"] |= {"served": "visit", "adds": [found["modes"]["adds"][3]]}
+    assert "It sees no pictures: it reads" in card(found, context)
+    assert "pixel crops" not in card(found, context)

@@ -27,13 +27,20 @@ class Item:
     pointers: tuple[str, ...] = ()
     note: str = ""
     """Said where the pointers need a word, or why there are none."""
+    more: tuple[str, ...] = ()
+    """Further pointers of a run that uses metadata."""
+    more_note: str = ""
+    """What such a run says instead of `note`."""
 
 
 def answer(item: Item, metrics: Mapping[str, Any]) -> str:
     """Where this run answers `item`, as Markdown, or `not done` and, if known, why."""
-    present = [text for pointer in item.pointers if (text := _resolve(pointer, metrics))]
+    joined = bool(metrics.get("modes"))
+    pointers = item.pointers + item.more if joined else item.pointers
+    present = [text for pointer in pointers if (text := _resolve(pointer, metrics))]
     where = ", ".join(present) if present else NOT_DONE
-    return f"{where}: {item.note}" if item.note else where
+    note = item.more_note if joined and item.more_note else item.note
+    return f"{where}: {note}" if note else where
 
 
 def rows(items: tuple[Item, ...], metrics: Mapping[str, Any]) -> str:
@@ -65,6 +72,9 @@ def _resolve(pointer: str, metrics: Mapping[str, Any]) -> str | None:
 
 _PUBLISHER = "as the data's publisher gives it; see there"
 _FIGURES = ("metrics:pauc", "metrics:auc", "metrics:average_precision", "metrics:served.pauc")
+_TREES = ("recipe:tabular", "recipe:stack")
+_TOLD = "report:What the metadata tells"
+_EMPTY = "cells `unknown`; empty cells of metadata are not filled in, trees learn which way they go"
 _TRAINING = ("recipe:training", "recipe:optimizer", "recipe:augment", "recipe:sampling")
 
 CLAIM = (
@@ -76,10 +86,11 @@ CLAIM = (
     Item("6", "Goal of the study", ("card:Intended use",)),
     Item("7", "Sources of data", ("card:Data",)),
     Item("8", "What was included and excluded", ("card:Data", "recipe:image.skip_corrupt"), "besides the publisher's"),
-    Item("9", "Preprocessing", ("recipe:image",)),
+    Item("9", "Preprocessing", ("recipe:image",), "", ("recipe:tabular",)),
     Item("10", "Choice of subsets", ("recipe:sampling",)),
     Item("11", "De-identification", (), "the publisher's work, before this"),
-    Item("12", "Missing data", ("metrics:groups.lesions_without_patient", "metrics:subgroups"), "cells `unknown`"),
+    Item("12", "Missing data", ("metrics:groups.lesions_without_patient", "metrics:subgroups"), "cells `unknown`",
+         ("recipe:tabular.missing", _TOLD), _EMPTY),
     Item("13", "How images were acquired", (), _PUBLISHER),
     Item("14", "Reference standard, how obtained", (), f"the column `target`, {_PUBLISHER}"),
     Item("15", "Reference standard, why this one", (), _PUBLISHER),
@@ -89,22 +100,25 @@ CLAIM = (
     Item("19", "Assignment to partitions", ("metrics:split.kind", "metrics:split.holdout", "recipe:folds")),
     Item("20", "Level of disjoint partitions", ("metrics:groups.kind", "metrics:leaks.patients_in_two_folds")),
     Item("21", "Intended sample size", (), "all lesions of the data; intervals say what they suffice for"),
-    Item("22", "The model in detail", ("card:The model", "recipe:model")),
+    Item("22", "The model in detail", ("card:The model", "recipe:model"), "", (*_TREES, _TOLD)),
     Item("23", "Software", ("card:How it was made",)),
     Item("24", "Initial parameters", ("recipe:model.weights", "recipe:seed")),
-    Item("25", "Training in detail", _TRAINING),
-    Item("26", "How the final model is picked", ("recipe:training.epochs", "recipe:training.ema"), "a fixed schedule"),
-    Item("27", "Ensembling", ("recipe:model.per_fold", "recipe:folds.count", "card:The model")),
+    Item("25", "Training in detail", _TRAINING, "", _TREES),
+    Item("26", "How the final model is picked", ("recipe:training.epochs", "recipe:training.ema"), "a fixed schedule",
+         ("recipe:tabular.rounds", _TOLD), "fixed schedules; the way of joining is picked in the other folds"),
+    Item("27", "Ensembling", ("recipe:model.per_fold", "recipe:folds.count", "card:The model"), "",
+         ("recipe:stack", "metrics:modes.adds")),
     Item("28", "Measures of performance", ("metrics:headline", "report:How to read this")),
     Item("29", "Uncertainty and significance", ("metrics:settings", "metrics:pauc.rank_pooled.interval")),
     Item("30", "Robustness", ("metrics:pauc.folds", "metrics:subgroups")),
-    Item("31", "Explanations", ("file:explain.json", "report:Explanations"), "where the network gives maps"),
+    Item("31", "Explanations", ("file:explain.json", "report:Explanations"), "where the network gives maps", (_TOLD,),
+         "maps where the network gives them; importances, and reasons per lesion in words"),
     Item("32", "Evaluation on internal data", ("metrics:pauc.rank_pooled", "metrics:served.pauc")),
     Item("33", "Test on external data", ("metrics:split.names",), "other institutions, of the same collection"),
     Item("34", "Registration of a trial"),
     Item("35", "Numbers included and excluded", ("metrics:counts", "metrics:split.holdout", "card:Data")),
     Item("36", "Characteristics by partition", ("metrics:pauc.folds", "metrics:subgroups"), "not crossed"),
-    Item("37", "Performance with uncertainty", _FIGURES),
+    Item("37", "Performance with uncertainty", _FIGURES, "", ("metrics:modes.each",)),
     Item("38", "Diagnostic estimates and precision", ("metrics:operating", "metrics:served.operating",
                                                        "metrics:thresholds.refer", "metrics:served.thresholds")),
     Item("39", "Analysis of failures", ("file:gallery.html",), "local, as it shows patients"),
@@ -131,14 +145,18 @@ TRIPOD = (
     Item("8a", "Outcome, how and when assessed", (), f"the column `target`, {_PUBLISHER}"),
     Item("8b", "Outcome assessors", (), _PUBLISHER),
     Item("8c", "Blinding of outcome assessment", (), _PUBLISHER),
-    Item("9a", "Choice of predictors", ("card:The model",), "pixels only"),
-    Item("9b", "Definition of predictors", ("recipe:image",)),
-    Item("9c", "Predictor assessors", ("card:The model",), "none: pixels only"),
+    Item("9a", "Choice of predictors", ("card:The model",), "pixels only", ("recipe:tabular", _TOLD),
+         "pixels, the columns that the test file has, and published features made of them"),
+    Item("9b", "Definition of predictors", ("recipe:image",), "", ("recipe:tabular", "file:docs/features.md")),
+    Item("9c", "Predictor assessors", ("card:The model",), "none: pixels only", (),
+         "none: pixels, and columns as the scanner and the record give them"),
     Item("10", "Sample size", ("metrics:counts",), "all lesions of the data; not planned"),
-    Item("11", "Missing data", ("metrics:groups.lesions_without_patient", "metrics:subgroups"), "cells `unknown`"),
+    Item("11", "Missing data", ("metrics:groups.lesions_without_patient", "metrics:subgroups"), "cells `unknown`",
+         ("recipe:tabular.missing", _TOLD), _EMPTY),
     Item("12a", "Use of data for training and evaluation", ("metrics:split", "recipe:folds")),
-    Item("12b", "Handling of predictors", ("recipe:image", "recipe:augment")),
-    Item("12c", "Kind of model, building, tuning, internal validation", ("recipe:model", *_TRAINING, "recipe:folds")),
+    Item("12b", "Handling of predictors", ("recipe:image", "recipe:augment"), "", ("recipe:tabular",)),
+    Item("12c", "Kind of model, building, tuning, internal validation", ("recipe:model", *_TRAINING, "recipe:folds"),
+         "", (*_TREES, "metrics:modes.adds")),
     Item("12d", "Clusters, how handled", ("metrics:groups", "metrics:pauc.folds", "metrics:split.kind")),
     Item("12e", "Measures of performance", ("metrics:headline", "report:How to read this")),
     Item("12f", "Model updating", ("metrics:served.calibration",), "recalibrated to the stated prevalence"),
@@ -160,12 +178,14 @@ TRIPOD = (
     Item("20c", "Evaluation data beside training data", ("metrics:pauc.folds",), "sizes and malignant lesions only"),
     Item("21", "Participants and outcomes in each analysis", ("metrics:pauc.folds", "metrics:served.counts")),
     Item("22", "The whole model, for use by others", ("card:How it was made",), "the bundle"),
-    Item("23a", "Performance with intervals, by subgroup", (*_FIGURES, "metrics:calibration", "metrics:subgroups")),
+    Item("23a", "Performance with intervals, by subgroup", (*_FIGURES, "metrics:calibration", "metrics:subgroups"),
+         "", ("metrics:modes.each",)),
     Item("23b", "Differences between clusters", ("metrics:pauc.folds", "metrics:split.names")),
     Item("24", "Result of updating", ("metrics:served.calibration", "metrics:calibration")),
     Item("25", "Interpretation, with fairness and earlier work", ("report:Summary",), "earlier work: not reviewed"),
     Item("26", "Limitations", ("card:Limits",)),
-    Item("27a", "Poor or unusable input", ("metrics:served.bands",), "a picture unlike the known is `cannot judge`"),
+    Item("27a", "Poor or unusable input", ("metrics:served.bands",), "a picture unlike the known is `cannot judge`",
+         ("metrics:modes.each",), "a picture unlike the known is `cannot judge`; without metadata the picture answers"),
     Item("27b", "What users must do and know", ("card:Intended use",)),
     Item("27c", "Next steps, generalisability", ("card:Limits",)),
 )  # fmt: skip

@@ -23,9 +23,11 @@ from lesionflow.data.images import Pixels, decode, to_pixels
 from lesionflow.errors import DataError, missing_extra
 from lesionflow.evaluation.metrics import fold_rank
 from lesionflow.keys import write_text
+from lesionflow.reporting.wording import MODES
 from lesionflow.serving.explain import cams
+from lesionflow.serving.graph import NoGraph
 from lesionflow.serving.heat import LEGEND, overlay
-from lesionflow.serving.predictor import CANNOT_JUDGE, Predictor
+from lesionflow.serving.predictor import CANNOT_JUDGE, Predictor, sigmoid
 
 if TYPE_CHECKING:
     import polars as pl
@@ -41,7 +43,14 @@ LARGEST = 384
 """Longest side of a picture, pixels: crops of 3D total-body photographs are smaller."""
 
 
-def gallery(store: Store, table: pl.DataFrame, predictor: Predictor, *, size: int = 6) -> list[dict[str, Any]]:
+def gallery(
+    store: Store,
+    table: pl.DataFrame,
+    predictor: Predictor,
+    *,
+    size: int = 6,
+    reasons: Mapping[str, Sequence[str]] | None = None,
+) -> list[dict[str, Any]]:
     """At most `size` malignant lesions with the lowest and `size` benign ones with the highest scores, worst first.
 
     table: scores of lesions that their model didn't see (oof.parquet, or holdout.parquet with fold -1): isic_id,
@@ -50,6 +59,8 @@ def gallery(store: Store, table: pl.DataFrame, predictor: Predictor, *, size: in
 
     Each item: `isic_id`; `kind` ("missed" or "false alarm"); `sentence` (how it ranks); `logit`; `probability`;
     `band` (None without thresholds); `doubts`; `origin` ("hold-out" or "out of fold"); `attribution`; `licence`;
+    `scores`, of each way that the run scored it {"mode", "logit", "probability"}, empty where pictures are all there
+    is; `reasons`, what in its metadata moves its score, from the argument `reasons` by isic_id;
     `image`, a JPEG as a data URI; `overlay`, the same with the served graph's map, None where it gives none.
     Raises `DataError` for a lesion that the store doesn't hold.
     """
@@ -70,16 +81,19 @@ def gallery(store: Store, table: pl.DataFrame, predictor: Predictor, *, size: in
             row, data = rows.row(number, named=True), store.jpeg(place[rows["isic_id"][number]])
             worse = int(np.sum(rank[others] > rank[number] if kind == MISSED else rank[others] < rank[number]))
             doubts = list(row.get("doubts") or [])
-            named = band(row["logit"], predictor.bundle.info["thresholds"])
+            probability, thresholds = _calibrated(row, predictor)
+            named = band(row["logit"], thresholds)
             items.append(
                 {
                     "isic_id": row["isic_id"],
                     "kind": kind,
                     "sentence": _sentence(kind, worse, len(others)),
                     "logit": float(row["logit"]),
-                    "probability": predictor.probability(float(row["logit"])),
+                    "probability": probability,
                     "band": CANNOT_JUDGE if doubts and named else named,
                     "doubts": doubts,
+                    "scores": _scores(row, predictor),
+                    "reasons": list((reasons or {}).get(row["isic_id"], ())),
                     "origin": "hold-out" if row["fold"] == -1 else "out of fold",
                     "attribution": row.get("attribution"),
                     "licence": row.get("copyright_license"),
@@ -107,7 +121,7 @@ def write_gallery(path: Path, items: Sequence[Mapping[str, Any]], context: Mappi
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    bare = {"sentence": "", "doubts": [], "origin": "out of fold"}
+    bare = {"sentence": "", "doubts": [], "origin": "out of fold", "scores": [], "reasons": []}
     full = [bare | dict(item) for item in items]
     sections = [
         {"kind": kind, "title": title, "items": [item for item in full if item["kind"] == kind]}
@@ -125,6 +139,35 @@ def write_gallery(path: Path, items: Sequence[Mapping[str, Any]], context: Mappi
     write_text(path, environment.get_template("gallery.html").render(view))
 
 
+def _calibrated(row: Mapping[str, Any], predictor: Predictor) -> tuple[float, Mapping[str, Any]]:
+    """The probability of what is served of this lesion, and the thresholds that go with it."""
+    logit, visit = float(row["logit"]), predictor.bundle.info.get("visit")
+    if not visit:
+        return predictor.probability(logit), predictor.bundle.info["thresholds"]
+    # A lesion without metadata has its picture's score.
+    mode = "image" if row.get(f"{visit['served']}_logit") != logit == row.get("image_logit") else visit["served"]
+    of = visit["modes"][mode]
+    return _probability(of, logit), of["thresholds"]
+
+
+def _scores(row: Mapping[str, Any], predictor: Predictor) -> list[dict[str, Any]]:
+    """What each way to score it says of this lesion."""
+    modes = (predictor.bundle.info.get("visit") or {}).get("modes") or {}
+    return [
+        {
+            "mode": MODES[name],
+            "logit": float(row[f"{name}_logit"]),
+            "probability": _probability(of, row[f"{name}_logit"]),
+        }
+        for name, of in modes.items()
+        if row.get(f"{name}_logit") is not None
+    ]
+
+
+def _probability(mode: Mapping[str, Any], logit: float) -> float:
+    return sigmoid(float(mode["calibration"]["a"]) * logit + float(mode["calibration"]["b"]))
+
+
 def _sentence(kind: str, worse: int, others: int) -> str:
     if kind == MISSED:
         return f"Malignant, yet {worse:,} of {others:,} benign lesions score higher."
@@ -132,7 +175,7 @@ def _sentence(kind: str, worse: int, others: int) -> str:
 
 
 def _mapped(predictor: Predictor, data: bytes) -> str | None:
-    if not predictor.graph.has_cam:
+    if isinstance(predictor.graph, NoGraph) or not predictor.graph.has_cam:
         return None
     pixels = to_pixels(data, predictor.spec)
     return _uri(overlay(pixels, cams(predictor.graph, pixels[None])[0]))

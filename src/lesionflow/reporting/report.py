@@ -6,6 +6,7 @@ of it may be missing:
 
     recipe (dict), recipe_toml, data_hash, fold_hash, data (dict), synthetic (bool), data_licence, versions (dict),
     gate (the result of gate.check), curves (rows of fold, model, epoch, loss, pauc),
+    tabular (what trees look at and how they were joined: see `modes.features`),
     explain (figures of the deletion test, by name), gallery_path (where the local gallery.html lies)
 """
 
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lesionflow.errors import missing_extra
 from lesionflow.evaluation import metrics
 from lesionflow.keys import write_text
-from lesionflow.reporting import charts, checks, clinical
+from lesionflow.reporting import charts, checks, clinical, modes
 from lesionflow.reporting.card import write_card
 from lesionflow.reporting.wording import LABELS, Notes, cell, number, plain, reason, span
 
@@ -31,6 +32,8 @@ SECTIONS = {
     "summary": "Summary",
     "ranking": "Ranking",
     "served": "What is served",
+    "modes": "What each part adds",
+    "features": "What the metadata tells",
     "calibration": "Probabilities",
     "workload": "Work per cancer found",
     "decision": "Decision curve",
@@ -84,7 +87,13 @@ def _view(
 ) -> dict[str, Any]:
     recipe, versions = context.get("recipe") or {}, context.get("versions") or {}
     training = _training(found["pauc"], context.get("curves") or [])
-    absent = {"training": not training["figures"], "recipe": not context.get("recipe_toml")}
+    parts, features = modes.modes(found), modes.features(context.get("tabular"))
+    absent = {
+        "training": not training["figures"],
+        "recipe": not context.get("recipe_toml"),
+        "modes": parts is None,
+        "features": features is None,
+    }
     return {
         "title": recipe.get("name") or "unnamed run",
         "description": recipe.get("description"),
@@ -97,6 +106,8 @@ def _view(
         "summary": _summary(found),
         "ranking": _ranking(found, oof),
         "served": clinical.served(found) | {"histogram": _held_out(found, holdout)},
+        "modes": parts,
+        "features": features,
         "calibration": clinical.calibration(found),
         "workload": clinical.workload(found),
         "decision": clinical.decision(found),

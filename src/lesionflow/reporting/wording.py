@@ -17,6 +17,14 @@ LABELS = {
     "pooled": "Pooled logits",
     "mean_of_folds": "Mean of folds",
 }
+MODES = {
+    "image": "Picture alone",
+    "record": "Metadata of the lesion",
+    "visit": "Metadata, compared with the patient's other lesions",
+    "image_record": "Picture and metadata of the lesion",
+    "image_visit": "Picture and metadata, compared with the patient's other lesions",
+}
+"""The ways to score a lesion, from least to most."""
 
 
 def number(value: float, style: str = "area") -> str:
@@ -45,7 +53,7 @@ def plain(figure: Mapping[str, Any] | None, style: str = "area") -> str:
     """One line: `0.1234 (0.1123 to 0.1345)`, `0.1234 (no interval: reason)` or `none: reason`."""
     if figure is None:
         return "none: not in these metrics"
-    if figure["value"] is None:
+    if figure.get("value") is None:
         return f"none: {reason(figure)}"
     between = span(figure, style)
     return f"{number(figure['value'], style)} ({between or f'no interval: {reason(figure)}'})"
@@ -71,6 +79,6 @@ def cell(figure: Mapping[str, Any] | None, style: str, notes: Notes) -> dict[str
     """What a table shows of a figure: {value, span, mark}; `mark` is the letter of its reason in `notes`."""
     if figure is None:
         return {"value": None, "span": None, "mark": notes.mark("not in these metrics")}
-    value = None if figure["value"] is None else number(figure["value"], style)
+    value = None if figure.get("value") is None else number(figure["value"], style)
     between = None if value is None else span(figure, style)
     return {"value": value, "span": between, "mark": None if between else notes.mark(reason(figure))}

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from lesionflow.data.derived import SHORT
 from lesionflow.data.features import BLOCKS, catalogue
 
 PAGE = Path(__file__).with_name("features.md")
@@ -16,11 +17,14 @@ BEGIN, END = "<!-- features: python docs/write_features.py -->\n", "<!-- /featur
 
 
 def tables() -> str:
-    """A table for every block, a row for every feature."""
+    """A table for every block, a row for every feature; what the short names in formulas stand for."""
     parts = []
     for block in BLOCKS:
         found = catalogue((block,))
-        parts.append(f"\n### {block}: {len(found)}\n\n| name | formula | unit | why |\n|---|---|---|---|")
+        parts.append(f"\n### {block}: {len(found)}\n")
+        if block == "derived":
+            parts.append("Here " + ", ".join(f"{short} is `{name}`" for short, name in SHORT.items()) + ".\n")
+        parts.append("| name | formula | unit | why |\n|---|---|---|---|")
         for f in found:
             cells = (f"`{f.name}`", f.formula, f.unit, f.why)
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -205,8 +205,8 @@ def turn(degrees: Floats) -> Floats:
 
 
 _Row = tuple[str, str, str, str, str, str, str, Callable[[Values], Floats]]
-# name, formula, unit, why, concept, higher, lower, function; short names stand for the columns in `_SHORT`.
-_SHORT = {
+# name, formula, unit, why, concept, higher, lower, function; short names stand for the columns in `SHORT`.
+SHORT = {
     "size": "clin_size_long_diam_mm", "age": "age_approx", "L": "tbp_lv_L", "A": "tbp_lv_A", "B": "tbp_lv_B",
     "C": "tbp_lv_C", "H": "tbp_lv_H", "Lext": "tbp_lv_Lext", "Aext": "tbp_lv_Aext", "Bext": "tbp_lv_Bext",
     "Cext": "tbp_lv_Cext", "Hext": "tbp_lv_Hext", "area": "tbp_lv_areaMM2", "perimeter": "tbp_lv_perimeterMM",
@@ -305,7 +305,7 @@ def derived() -> tuple[Feature, ...]:
 
 def derived_values(values: Values) -> dict[str, Floats]:
     """The derived features from the plain ones; NaN where a term is unknown or a divisor is zero."""
-    short = {name: values[column] for name, column in _SHORT.items()}
+    short = {name: values[column] for name, column in SHORT.items()}
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         found = {row[0]: row[7](short) for row in _DERIVED}
     for column in found.values():

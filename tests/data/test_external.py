@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from lesionflow.data.external import convert, overlap
 from lesionflow.data.publicsets import SETS
 from lesionflow.data.source import open_source
 from lesionflow.errors import DataError, UsageError
+from lesionflow.recipe import Recipe
 
 Encode = Callable[..., bytes]
 
@@ -197,7 +199,7 @@ def test_ids_in_common_are_found_and_left_out(tmp_path: Path, encode: Encode) ->
     converted("isic2018", tmp_path / "a", encode)
     source = isic2019(tmp_path / "stand-in", encode)
     convert("isic2019", source, tmp_path / "b", progress=False)
-    older = write(tmp_path / "older.csv", "isic_id,target\nISIC_0000002,0\nISIC_0000099,1")
+    older = write(tmp_path / "older.csv", "isic_id,target\nISIC_0000002_downsampled,0\nISIC_0000099,1")
     assert overlap(tmp_path / "a" / "out", tmp_path / "b") == [f"ISIC_{n:07d}" for n in range(24306, 24312)]
     assert overlap(tmp_path / "b", older) == ["ISIC_0000002"]
     assert overlap(tmp_path / "a" / "out", older) == []
@@ -259,8 +261,10 @@ def test_large_images_are_scaled_down_when_asked(tmp_path: Path, encode: Encode)
     (folder / "ISIC_0024307.png").write_bytes(encode(2, "PNG", 300, 400))
     counts = convert("isic2018", source, tmp_path / "out", side=96, progress=False)
     assert (counts["scaled"], counts["linked"]) == (2, 5)
-    sizes = [Image.open(tmp_path / "out" / "train-image" / f"ISIC_{n:07d}.jpg").size for n in (24306, 24307, 24308)]
-    assert sizes == [(128, 96), (96, 128), (97, 83)]
+    made = [Image.open(tmp_path / "out" / "train-image" / f"ISIC_{n:07d}.jpg") for n in (24306, 24307, 24308)]
+    assert [image.size for image in made] == [(128, 96), (96, 128), (97, 83)]
+    before = np.asarray(Image.open(folder / "ISIC_0024307.png").resize((96, 128), Image.Resampling.LANCZOS), float)
+    assert np.abs(np.asarray(made[1], float) - before).mean() < 3, "the same picture, in colour"
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -365,3 +369,52 @@ def test_files_that_no_training_reads_are_refused_unless_scaled(
         convert("pad-ufes-20", source, tmp_path / "out", progress=False)
     assert convert("pad-ufes-20", source, tmp_path / "out", side=32, progress=False)["scaled"] == 6
     assert len(pl.read_csv(tmp_path / "out" / "train-metadata.csv")) == 6
+
+
+@pytest.mark.slow
+def test_a_model_of_such_a_set_is_where_the_next_one_starts(
+    synthetic: Path, prepared: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    """From the published layout to `model.weights` of a second training, through every step between."""
+    import torch
+    from safetensors.torch import load_file
+
+    from lesionflow import steps
+    from lesionflow.models.image import build
+    from lesionflow.training.run import train_folds
+
+    stand_in = tmp_path / "stand-in"
+    found, rows = {}, []
+    (stand_in / "ISIC_2019_Training_Input").mkdir(parents=True)
+    with open_source(synthetic) as drawn:
+        assert drawn.metadata is not None
+        for isic_id, target, patient in drawn.metadata.select("isic_id", "target", "patient_id").iter_rows():
+            found[isic_id] = "MEL" if target else "NV"
+            rows.append(f"{isic_id},50.0,head/neck,{patient},male")
+            (stand_in / "ISIC_2019_Training_Input" / f"{isic_id}.jpg").write_bytes(drawn.read(isic_id))
+    write(stand_in / "ISIC_2019_Training_GroundTruth.csv", one_hot("MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK", found))
+    header = "image,age_approx,anatom_site_general,lesion_id,sex"
+    write(stand_in / "ISIC_2019_Training_Metadata.csv", "\n".join([header, *rows]))
+    counts = convert("isic2019", stand_in, tmp_path / "data", progress=False)
+    assert counts["malignant"] == list(found.values()).count("MEL")
+
+    first = tmp_path / "first"
+    planned = steps.begin(first, tiny_recipe, tmp_path / "data")
+    steps.prepare(first, tmp_path / "data", planned["prepare"])
+    steps.split(first, planned["split"])
+    train_folds(first, [0])
+    weights = first / "fold-0" / "model-0" / "weights.safetensors"
+
+    recipe = Recipe.load(prepared / "recipe.toml", [f"model.weights={weights}", "training.epochs=1"])
+    network, learned = build(recipe.model).state_dict(), load_file(weights)
+    same = {name: torch.equal(value, learned[name]) for name, value in network.items()}
+    assert [name for name, equal in same.items() if not equal] == ["classifier.weight", "classifier.bias"]
+    second = tmp_path / "second"
+    planned = steps.begin(second, recipe, synthetic)
+    steps.prepare(second, synthetic, planned["prepare"])
+    steps.split(second, planned["split"])
+    train_folds(second, [0])
+    assert len(pl.read_parquet(second / "fold-0" / "oof.parquet")) > 100
+    other = Recipe.load(prepared / "recipe.toml", [f"model.weights={weights}", "model.backbone=mobilenetv3_small_075"])
+    with pytest.raises(UsageError, match=r"model.weights lack \d+ tensors"):
+        build(other.model)

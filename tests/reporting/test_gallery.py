@@ -141,3 +141,39 @@ def test_the_page_stands_alone_and_warns(store, mapped_bundle, tmp_path, synthet
 def test_an_empty_gallery_is_a_page_too(tmp_path):
     write_gallery(tmp_path / "g.html", [], {})
     assert (tmp_path / "g.html").read_text().count("<p>None.</p>") == 2
+
+
+def test_a_run_with_metadata_shows_every_score_and_the_reasons(store, mapped_bundle, tmp_path):
+    """Probability and band are of the way that scored the lesion: without metadata that is its picture."""
+    predictor = Predictor(mapped_bundle)
+    modes = {
+        name: {"calibration": {"a": a, "b": 1.0}, "thresholds": {"refer": {"logit": limit}}}
+        for name, a, limit in (("image", 0.5, 99.0), ("record", 1.0, 0.0), ("image_record", 2.0, -99.0))
+    }
+    predictor.bundle.info["visit"] = {"served": "image_record", "modes": modes}
+    rows = table().with_columns(
+        image_logit=pl.col("logit") - 1, record_logit=pl.col("logit") + 2, image_record_logit=pl.col("logit")
+    )
+    bare = "ISIC_0000001"
+    rows = rows.with_columns(
+        logit=pl.when(pl.col("isic_id") == bare).then("image_logit").otherwise("image_record_logit")
+    )
+    said = {"ISIC_0000000": ("redder than <most>", "the patient is about 75 years old")}
+    items = gallery(store, rows, predictor, size=2, reasons=said)
+    by = {item["isic_id"]: item for item in items}
+    joined, alone = by["ISIC_0000000"], by[bare]
+    assert joined["probability"] == pytest.approx(1 / (1 + np.exp(-(2 * -3.0 + 1))))
+    assert alone["probability"] == pytest.approx(1 / (1 + np.exp(-(0.5 * -3.0 + 1))))
+    assert (joined["band"], alone["band"]) == ("refer", "routine")
+    assert [(one["mode"], one["logit"]) for one in joined["scores"]] == [
+        ("Picture alone", -4.0), ("Metadata of the lesion", -1.0), ("Picture and metadata of the lesion", -3.0)
+    ]  # fmt: skip
+    assert joined["scores"][1]["probability"] == pytest.approx(0.5)
+    assert (joined["reasons"], alone["reasons"]) == (list(said["ISIC_0000000"]), [])
+    write_gallery(tmp_path / "g.html", items, {})
+    html = (tmp_path / "g.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert "Its metadata: redder than <most>; the patient is about 75 years old." in page.text
+    assert html.count("<table") == html.count("<caption") == 4
+    assert html.count("Its metadata") == 1

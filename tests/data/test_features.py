@@ -240,6 +240,14 @@ def test_one_odd_among_equal_has_no_robust_z() -> None:
     assert found["rank"] == [0.375] * 4 + [1.0]
 
 
+def test_a_share_of_nothing_or_less_is_unknown() -> None:
+    rows = {"patient_id": ["p"] * 3, "isic_id": ["a", "b", "c"]}
+    for values in ([-3.0, -2.0, -1.0], [-1.0, 0.0, 0.0]):
+        m = of(rows, tbp_lv_deltaLBnorm=values)
+        assert np.isnan(column(m, "tbp_lv_deltaLBnorm_patient_share")).all()
+    assert column(of(rows, tbp_lv_deltaLBnorm=[-1.0, 1.0, 2.0]), "tbp_lv_deltaLBnorm_patient_share")[0] == -0.5
+
+
 def test_lesions_without_a_value_do_not_count() -> None:
     found = compared(visit([None, 1.0, 2.0, None]))
     assert found["diff"][1:3] == [-1.0, 1.0]

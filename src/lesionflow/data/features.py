@@ -115,8 +115,8 @@ def check_local(
 ) -> None:
     """Raise `DataError`, naming them, if features change when a patient's rows stand alone.
 
-    `build` makes features of a table. Up to `patients` of the table's are drawn, those of one lesion among them. What
-    changes has looked at other patients' rows: statistics over a test set, or something fitted on all rows.
+    `build` makes features of a table, and up to `patients` of its patients are drawn. What changes has looked at other
+    patients' rows: statistics over a test set, or something fitted on all rows.
     """
     whole = build(table)
     drawn = Patients(table)

@@ -283,16 +283,18 @@ def test_the_notebook_submits_without_network_what_predict_gives(
 
 @pytest.mark.slow
 def test_the_folders_own_packages_are_enough(
-    bundle_dir: Path, data: Path, tmp_path: Path, environment_with: Callable[..., Path]
+    finished: Path, synthetic: Path, tmp_path: Path, environment_with: Callable[..., Path]
 ) -> None:
-    """The environment has a notebook kernel and nothing else that lesionflow needs."""
+    """A bundle with metadata, and an environment with a notebook kernel and nothing else that lesionflow needs."""
     kernel = environment_with("kernel", "ipykernel")
     (site,) = (kernel / "lib").glob("python*/site-packages")
     assert not (site / "numpy").exists()
-    result = write_folder(bundle_dir, tmp_path / "folder", owner="someone", progress=False)
+    result = write_folder(finished / "bundle", tmp_path / "folder", owner="someone", progress=False)
     assert result["packages"] > 20
-    run_offline(tmp_path / "folder", data, tmp_path / "offline", site, pip=True)
-    predict_files(bundle_dir, data, out=tmp_path / "predicted.csv", progress=False)
+    text = run_offline(tmp_path / "folder", synthetic, tmp_path / "offline", site, pip=True)
+    assert "by image and visit" in text, "each lesion stands beside its patient's others"
+    predict_files(finished / "bundle", synthetic, out=tmp_path / "predicted.csv", progress=False)
     made = dict(rows(tmp_path / "offline" / "working" / "submission.csv"))
-    for name, score in rows(tmp_path / "predicted.csv"):
-        assert float(made[name]) == pytest.approx(float(score), abs=1e-6)
+    expected = dict(rows(tmp_path / "predicted.csv"))
+    assert list(made) == list(expected)
+    assert {n: float(p) for n, p in made.items()} == pytest.approx({n: float(p) for n, p in expected.items()}, abs=1e-6)

@@ -41,7 +41,9 @@ def differences(rows: Rows, name: str) -> str:
                 body.append(f'<circle class="{dot}" cx="{x(ends[0]):.1f}" cy="{at + down}" r="4"/>')
     for value in nice(low, high):
         body.append(f'<path class="axis" d="M{x(value):.1f} {bottom}v5"/>')
-        body.append(f'<text x="{x(value):.1f}" y="{bottom + 20}" text-anchor="middle">{value:+g}</text>')
+        body.append(
+            f'<text x="{x(value):.1f}" y="{bottom + 20}" text-anchor="middle">{f"{value:+g}" if value else "0"}</text>'
+        )
     body.append(f'<path class="axis" d="M{left} {bottom}H{left + width}"/>')
     body.append(f'<text x="{left + width / 2}" y="{bottom + 38}" text-anchor="middle">pAUC difference</text>')
     text = "The same differences as in the table beside this chart."
@@ -60,9 +62,9 @@ def importances(groups: Sequence[tuple[str, Rows]], name: str) -> str:
         for row in rows:
             long = max(width * row["share"] / most, 1.0)
             body.append(f'<text x="{left}" y="{at + 17:.0f}">{escape(row["name"])}</text>')
-            body.append(f'<rect class="benign" x="{left}" y="{at + 21:.0f}" width="{long:.1f}" height="8"/>')
-            body.append(f'<text class="note" x="{left + long + 6:.1f}" y="{at + 29:.0f}">{row["share"]:.1%}</text>')
-            at += 30
+            body.append(f'<rect class="benign" x="{left}" y="{at + 22:.0f}" width="{long:.1f}" height="8"/>')
+            body.append(f'<text class="note" x="{left + long + 6:.1f}" y="{at + 30:.0f}">{row["share"]:.1%}</text>')
+            at += 31
     text = "; ".join(f"{row['name']} {row['share']:.1%}" for _, rows in groups for row in rows)
     return svg(name, "Share of what the trees' splits gain", f"{text}.", at + 10, body)
 

@@ -74,7 +74,6 @@ def test_the_answer_rests_on_what_there_is(visits: Visits, store: Store, patient
     full = visits.predict(pictures, table)
     assert {answer.mode for answer in full} == {"image_visit"}
     assert set(full[0].scores) == {"image", "record", "visit", "image_record", "image_visit"}
-    assert any(answer.reasons for answer in full)
     (single,) = visits.predict(pictures[:1], table[:1])
     assert single.mode == "image_record" and single.fold_logits != full[0].fold_logits
     bare = visits.predict(pictures)
@@ -98,6 +97,24 @@ def test_the_answer_rests_on_what_there_is(visits: Visits, store: Store, patient
     assert nothing[0].mode == "" and nothing[0].band == CANNOT_JUDGE
     with pytest.raises(DataError, match="2 pictures and 1 rows"):
         visits.predict(pictures[:2], table[:1])
+
+
+def test_reasons_are_of_the_features_and_their_shares_of_the_score(
+    visits: Visits, store: Store, patient: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: dict[str, object] = {}
+
+    def said(values: np.ndarray, shares: np.ndarray, names: tuple[str, ...], table: pl.DataFrame) -> list[tuple[str]]:
+        heard.update(values=values, names=names)
+        # What the features add is the metadata's score, so a reason speaks of what the trees did.
+        scores = visits.score(np.full((len(table), visits.predictor.bundle.models), np.nan), table)
+        assert np.abs(shares.sum(1) - scores.by_mode["visit"]).max() < 1e-9
+        return [("a reason",)] * len(table)
+
+    monkeypatch.setattr("lesionflow.serving.visit.reasons", said)
+    answers = visits.predict([store.jpeg(row) for row in patient], store.table[patient])
+    assert {answer.reasons for answer in answers} == {("a reason",)}
+    assert heard["values"].shape == (len(patient), len(heard["names"]))
 
 
 def test_lesions_without_a_patient_s_name_are_one_visit(visits: Visits, store: Store, patient: list[int]) -> None:

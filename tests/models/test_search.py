@@ -167,6 +167,8 @@ def test_tune_writes_a_recipe_that_can_be_read(tmp_path: Path) -> None:
     found = tune(recipe, data, out, trials=2, progress=False)
     tuned = Recipe.load(out)
     assert dataclasses.asdict(tuned.tabular) == found["tabular"]
+    assert found["trials"] == 2 == len(found["history"]) - 1
+    assert found["value"] == max(one["value"] for one in found["history"]) >= found["before"]
     assert dataclasses.replace(tuned, tabular=recipe.tabular) == recipe
     assert [p.name for p in out.parent.iterdir()] == ["tuned.toml"]
 
@@ -189,7 +191,7 @@ def test_tune_refuses_gaps_that_tell(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="clin_size_long_diam_mm"):
         tune(plain, data, tmp_path / "out.toml", trials=1, progress=False)
     allowed = dataclasses.replace(plain, tabular=dataclasses.replace(plain.tabular, missing="allow"))
-    assert tune(allowed, data, tmp_path / "out.toml", trials=1, timeout=0, progress=False)["pauc"] > 0.1
+    assert tune(allowed, data, tmp_path / "out.toml", trials=1, timeout=0, progress=False)["value"] > 0.1
 
 
 def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,8 @@ def test_members_learn_and_rank(fitted: tuple[Boosted, Matrix, np.ndarray]) -> N
     assert auc(y, trees.logits(other.values)) > 0.93
     for kind, model in trees.members:
         assert auc(y, model.margins(other.values)) > 0.9, kind
-    assert trees.logits(matrix.values).dtype == np.float64
+    mean = np.mean([model.margins(matrix.values) for _, model in trees.members], axis=0)
+    assert trees.logits(matrix.values) == pytest.approx(mean, abs=1e-12)
 
 
 def test_what_is_saved_predicts_bit_for_bit(fitted: tuple[Boosted, Matrix, np.ndarray], tmp_path: Path) -> None:

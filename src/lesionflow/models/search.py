@@ -71,13 +71,14 @@ class Found:
     """Each trial's settings and `value`, in their order; the recipe's own settings come first."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """JSON-able; `trials` is how many beside the recipe's own settings, `history` is all of them."""
         return {
             "tabular": dataclasses.asdict(self.recipe.tabular),
-            "pauc": self.value,
-            "pauc_of_the_recipe": self.start,
+            "value": self.value,
+            "before": self.start,
             "other_folds": self.other_folds,
-            "trials": self.trials,
+            "trials": len(self.trials) - 1,
+            "history": self.trials,
         }
 
 

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from lesionflow.errors import DataError
-from lesionflow.evaluation import calibration
+from lesionflow.evaluation import calibration, paired
 from lesionflow.evaluation.evaluate import evaluate
 from lesionflow.evaluation.metrics import fold_rank, pauc
 from lesionflow.evaluation.modes import MODES
@@ -100,6 +100,7 @@ def test_what_each_part_adds_is_the_difference_of_the_two(found: dict[str, Any])
         gap = modes["each"][name]["difference"]["out_of_fold"]
         assert gap["value"] == pytest.approx(value[name] - value["image_visit"], abs=1e-12)
         assert gap["interval"]["high"] < 0
+        assert gap["p_better"] < 0.025
 
 
 @pytest.mark.parametrize(
@@ -208,3 +209,18 @@ def test_several_at_once_say_what_each_comparison_says_alone(owners: int) -> Non
         assert pair.p_better == pytest.approx(other.p_better, abs=1e-9 if owners == 300 else 0.02)
     few, refused = compare_several(y, scores, groups, measures, pairs, replicates=0)
     assert few["image"][0].interval.reason == refused["image", "visit"].difference.interval.reason == "not asked for"
+
+
+def test_lone_lesions_too_many_to_be_drawn_together_are_compared_two_by_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    y = (rng.random(1500) < 0.1).astype(int)
+    scores = {m: rng.normal(size=1500) + STRENGTH[m] * y for m in ("image", "record", "visit")}
+    measures = [MEASURES["pauc"], MEASURES["auc"]]
+    options: dict[str, Any] = {"replicates": 200, "seed": 1}
+    monkeypatch.setattr(paired, "_ATOMS", 100)
+    alone, between = compare_several(y, scores, np.arange(1500), measures, [("visit", "image")], **options)
+    for name, found in alone.items():
+        one = ranking(y, scores[name], np.arange(1500), **options)
+        assert found == [one["pauc"], one["auc"]]
+    (pair,) = compare_scores(y, scores["visit"], scores["image"], np.arange(1500), measures[:1], **options)
+    assert between == {("visit", "image"): pair}

@@ -114,8 +114,11 @@ def reasons(values: Floats, contributions: Floats, names: Sequence[str], table: 
     topics = _topics([known[name] for name in names if name in known])
     place = {name: column for column, name in enumerate(names)}
     sites = table["anatom_site_general"].to_list() if "anatom_site_general" in table.columns else [None] * len(table)
-    return [_lesion(_Lesion(row, shares, place, site), topics)
-            for row, shares, site in zip(values, contributions, sites, strict=True)]  # fmt: skip
+    telling = _telling(contributions, topics, place)
+    return [
+        _lesion(_Lesion(row, shares, place, site), topics) if tells else ()
+        for row, shares, site, tells in zip(values, contributions, sites, telling, strict=True)
+    ]
 
 
 Topics = Mapping[tuple[str, str], Sequence[Feature]]
@@ -127,6 +130,17 @@ def _topics(features: Sequence[Feature]) -> Topics:
     for feature in features:
         found.setdefault((feature.concept, feature.against), []).append(feature)
     return found
+
+
+def _telling(contributions: Floats, topics: Topics, place: Mapping[str, int]) -> list[bool]:
+    """Whether any concept of a lesion weighs enough to be named, [B]: of most lesions none does."""
+    if not topics:
+        return [False] * len(contributions)
+    weights = [contributions[:, [place[one.name] for one in of]].sum(axis=1) for of in topics.values()]
+    slack = 1e-9  # Sums in another order.
+    highest, lowest = np.max(weights, axis=0), np.min(weights, axis=0)
+    telling: list[bool] = ((highest >= NOTICEABLE - slack) | (lowest <= -STRONG + slack)).tolist()
+    return telling
 
 
 class _Lesion:

@@ -26,7 +26,7 @@ import numpy as np
 import polars as pl
 
 from lesionflow.data.appearance import measure, table
-from lesionflow.data.bounds import posterior, weighted_pauc
+from lesionflow.data.bounds import INFORMATION, posterior, weighted_pauc
 from lesionflow.data.cohort import SIGNATURE_VARIANCE, STRUCTURE_WEIGHT, TRAIT_WEIGHTS, Cohort, draw_cohort, stream
 from lesionflow.data.features import Matrix, features, lesions_of_patient
 from lesionflow.data.folds import HOLDOUT, Folds, make_folds
@@ -45,7 +45,6 @@ NAMES = {
     "image_record": "picture + record",
     "image_visit": "picture + visit",
 }
-BOUNDS = ("images", "metadata", "patient_context", "all")
 
 
 @dataclass(frozen=True)
@@ -142,13 +141,13 @@ def report(
         print(f"| {stack} - {other} | {pair.difference.value:+.4f} | {shown} | {sure} |")
     print()
     for name in best:
-        if name == "all" or name not in BOUNDS:
+        if name == "all" or name not in INFORMATION:
             closed = (expected[stack] - expected[PLAIN]) / (expected[name] - expected[PLAIN])
             print(f"Gap from {PLAIN} to the best with {name}, in expectation: {closed:.0%} closed.")
 
 
 def bounds(data: Set) -> dict[str, np.ndarray]:
-    return {name: posterior(data.cohort, name)[data.rows] for name in BOUNDS}
+    return {name: posterior(data.cohort, name)[data.rows] for name in INFORMATION}
 
 
 def emulate(options: argparse.Namespace, tabular: Tabular) -> None:
@@ -176,7 +175,9 @@ def emulate(options: argparse.Namespace, tabular: Tabular) -> None:
 
 def told(stacked: Stacked) -> None:
     for mode, choices in stacked.choices.items():
-        print(f"{NAMES[mode]}: " + ", ".join(f"fold {c['fold']} {c['method']}" for c in choices))
+        worth = {method: np.mean([choice["pauc"][method] for choice in choices]) for method in choices[0]["pauc"]}
+        methods = ", ".join(f"{method} {value:.4f}" for method, value in worth.items()) or "as asked for"
+        print(f"{NAMES[mode]}: {', '.join(choice['method'] for choice in choices)} by fold ({methods})")
 
 
 def real(run: Path, source: Path, options: argparse.Namespace) -> None:

@@ -98,6 +98,10 @@ def of_features(study: Study) -> None:
         "plain, without place": (lambda f: f.block == "plain" and f.concept != "place", "plain"),
         "+ derived": (lambda f: f.block in ALL[:2], "plain"),
         "+ derived, without tile type": (lambda f: f.block in ALL[:2] and f.concept != "tile", "+ derived"),
+        "+ derived, without finer place": (
+            lambda f: f.block in ALL[:2] and not f.name.startswith("part_"),
+            "+ derived",
+        ),
         "+ derived, with counts": (lambda f: f.block in ALL[:2] or f.concept == "count", "+ derived"),
         "+ context": (lambda f: f.block in ALL[:3], "+ derived"),
         "+ neighbours": (lambda f: True, "+ context"),

@@ -5,7 +5,8 @@
     graph = bundle.read("image.onnx")             # the very bytes that were checked
 
     bundle.json      what the model is and how it did: see `check_info`
-    image.onnx       (but where metadata alone is known) uint8 NHWC `image` [B, S, S, 3] in; float32 `fold_logits` [B, K] and `logit` [B] out
+    image.onnx       uint8 NHWC `image` [B, S, S, 3] in; float32 `fold_logits` [B, K] and `logit` [B] out; none where
+                     metadata alone is known
     tabular/         where metadata is used: boosted trees as text, and `stack.json`, how they join the pictures
     MODEL_CARD.md    the same for people
     reference/       synthetic lesions and `answers.json`, what the model said about them

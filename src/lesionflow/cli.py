@@ -153,6 +153,9 @@ def tune(
 
     result = search(load_recipe(recipe, set_), data, out, trials=trials, timeout=timeout, progress=not quiet)
     typer.echo(f"{out}: pAUC {result['value']:.4f} in {result['trials']} trials, {result['before']:.4f} before")
+    gain = result["other_folds"]
+    span = f" [{gain['low']:+.4f}, {gain['high']:+.4f}]" if gain.get("low") is not None else ""
+    typer.echo(f"on other folds of the same patients, free of that choice's luck: {gain['difference']:+.4f}{span}")
 
 
 @app.command()

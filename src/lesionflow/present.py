@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,6 @@ from lesionflow.pack import licences
 from lesionflow.plan import data_of, recipe_of
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from lesionflow.data.store import Store
     from lesionflow.serving.predictor import Predictor
 
@@ -132,19 +131,23 @@ def _gallery(run: Path) -> list[dict[str, Any]]:
     if not (run / "bundle").exists():
         raise DataError(f"{run}: has no bundle, which pictures are explained by; export it first (`lesionflow export`)")
     store, _ = data_of(run)
-    table, predictor = pl.read_parquet(_unseen(run)), Predictor(run / "bundle")
-    return gallery(store, table, predictor, reasons=_reasons(store, table, predictor))
+    predictor = Predictor(run / "bundle")
+    return gallery(store, pl.read_parquet(_unseen(run)), predictor, reasons=lambda ids: _reasons(store, ids, predictor))
 
 
-def _reasons(store: Store, table: pl.DataFrame, predictor: Predictor) -> dict[str, tuple[str, ...]]:
-    """What in each lesion's metadata moves its score, in words; empty where the bundle knows pictures alone."""
+def _reasons(store: Store, ids: Sequence[str], predictor: Predictor) -> dict[str, tuple[str, ...]]:
+    """What in these lesions' metadata moves their scores, in words; empty where the bundle knows pictures alone."""
     if not predictor.bundle.info.get("visit"):
         return {}
+    import polars as pl
+
     from lesionflow.serving.visit import Visits
 
-    place = {name: row for row, name in enumerate(store.ids)}
-    described = store.table[[place[name] for name in table["isic_id"]]]
-    return dict(zip(table["isic_id"], Visits(predictor).explain(described), strict=True))
+    # Whole patients, since a lesion is compared with the patient's others.
+    table = store.table.with_columns(group=pl.Series(store.groups))
+    patients = table.filter(pl.col("isic_id").is_in(list(ids)))["group"].unique()
+    table = table.filter(pl.col("group").is_in(patients.implode())).drop("group")
+    return dict(zip(table["isic_id"], Visits(predictor).explain(table), strict=True))
 
 
 def _tabular(run: Path) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 from lesionflow import keys
 from lesionflow.errors import DataError
+from lesionflow.recipe import MODES
 
 T = TypeVar("T")
 
@@ -104,16 +105,6 @@ class TrainingBars:
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(what, total=progress.steps, note=note)
         self._bars.update(self._tasks[key], completed=progress.step, note=note)
-
-
-MODES = {
-    "image": "the picture alone",
-    "record": "the metadata alone",
-    "visit": "metadata and patient context",
-    "image_record": "picture and metadata",
-    "image_visit": "picture, metadata and patient context",
-}
-"""What a lesion's score rests on, in words."""
 
 
 def print_summary(run: Path) -> None:

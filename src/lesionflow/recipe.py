@@ -23,6 +23,16 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """What a recipe, and so a bundle and a served model, may be called."""
 
 
+MODES = {
+    "image": "the picture alone",
+    "record": "metadata of the lesion",
+    "visit": "metadata, compared with the patient's other lesions",
+    "image_record": "picture and metadata of the lesion",
+    "image_visit": "picture and metadata, compared with the patient's other lesions",
+}
+"""What a lesion's score can rest on, in words, from the poorest to the richest; a run serves the last that it has."""
+
+
 @dataclass(frozen=True)
 class Folds:
     """How lesions are split; a patient is never on both sides."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lesionflow.cluster.pipeline import INSTALL
-from lesionflow.wheel import file_name, wheel_bytes
 from lesionflow.recipe import shipped
+from lesionflow.wheel import file_name, wheel_bytes
 
 
 def test_it_is_a_wheel_of_this_very_code_every_time_the_same() -> None:

@@ -11,14 +11,16 @@ import numpy as np
 import polars as pl
 import pytest
 
+from lesionflow import recipe
 from lesionflow.errors import DataError
 from lesionflow.evaluation import calibration, paired
 from lesionflow.evaluation.evaluate import evaluate
 from lesionflow.evaluation.metrics import fold_rank, pauc
-from lesionflow.evaluation.modes import MODES
 from lesionflow.evaluation.paired import compare_scores, compare_several
 from lesionflow.evaluation.ranking import MEASURES, ranking
 from lesionflow.recipe import Evaluation
+
+MODES = tuple(recipe.MODES)
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "metrics.schema.json").read_text())
 OPTIONS = Evaluation(replicates=200)

@@ -159,7 +159,9 @@ def test_a_run_with_metadata_shows_every_score_and_the_reasons(store, mapped_bun
         logit=pl.when(pl.col("isic_id") == bare).then("image_logit").otherwise("image_record_logit")
     )
     said = {"ISIC_0000000": ("redder than <most>", "the patient is about 75 years old")}
-    items = gallery(store, rows, predictor, size=2, reasons=said)
+    items = gallery(
+        store, rows, predictor, size=2, reasons=lambda ids: {name: said[name] for name in ids if name in said}
+    )
     by = {item["isic_id"]: item for item in items}
     joined, alone = by["ISIC_0000000"], by[bare]
     assert joined["probability"] == pytest.approx(1 / (1 + np.exp(-(2 * -3.0 + 1))))

@@ -37,9 +37,7 @@ def patient(store: Store) -> list[int]:
     return np.flatnonzero(groups == names[counts >= 5][0]).tolist()
 
 
-def test_the_fold_s_own_pipeline_reproduces_its_out_of_fold_score(
-    finished: Path, visits: Visits, store: Store
-) -> None:
+def test_the_fold_s_own_pipeline_reproduces_its_out_of_fold_score(finished: Path, visits: Visits, store: Store) -> None:
     oof = pl.read_parquet(finished / "oof.parquet")
     place = {name: row for row, name in enumerate(store.ids)}
     rows = [place[name] for name in oof["isic_id"]]

@@ -26,9 +26,9 @@ from lesionflow.cluster import jobs, kfp_api, manifests
 from lesionflow.cluster.api import Api
 from lesionflow.cluster.compile import compile_pipeline
 from lesionflow.cluster.settings import Place, Settings
-from lesionflow.wheel import file_name, wheel_bytes
 from lesionflow.errors import ClusterError, LesionflowError, UsageError, from_exit_code
 from lesionflow.recipe import Recipe
+from lesionflow.wheel import file_name, wheel_bytes
 
 SOURCES = ("kaggle", "synthetic")
 POLL = 2.0

@@ -24,14 +24,11 @@ from lesionflow.evaluation.paired import Pair, compare_several
 from lesionflow.evaluation.ranking import MEASURES
 from lesionflow.evaluation.rates import rate
 from lesionflow.evaluation.thresholds import choose_bands
-from lesionflow.recipe import Evaluation
+from lesionflow.recipe import MODES, Evaluation
 
 if TYPE_CHECKING:
     import polars as pl
 
-MODES = ("image", "record", "visit", "image_record", "image_visit")
-"""From least to most: the picture; the lesion's own metadata; metadata compared with the patient's other lesions; the
-picture with either. The last one that a run has is what it serves."""
 NO_HOLDOUT = "no patients were set aside (folds.holdout = 0), so nothing that is served was tried on unseen patients"
 _FIGURES = ("pauc", "auc")
 _STEPS = (

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lesionflow import recipe
 from lesionflow.errors import DataError
 from lesionflow.models.tabular import Boosted
 from lesionflow.models.ways import (
@@ -51,8 +52,7 @@ if TYPE_CHECKING:
 Flags = NDArray[np.bool_]
 
 FORMAT = 1
-MODES = ("image", "record", "visit", "image_record", "image_visit")
-"""From the poorest to the richest; of those there are the last is served."""
+MODES = tuple(recipe.MODES)
 JOINED = {"image_record": "record", "image_visit": "visit"}
 """Each joined mode's metadata."""
 IMAGE_LOGIT = "image_logit"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ def gallery(
     predictor: Predictor,
     *,
     size: int = 6,
-    reasons: Mapping[str, Sequence[str]] | None = None,
+    reasons: Callable[[Sequence[str]], Mapping[str, Sequence[str]]] | None = None,
 ) -> list[dict[str, Any]]:
     """At most `size` malignant lesions with the lowest and `size` benign ones with the highest scores, worst first.
 
@@ -60,7 +60,7 @@ def gallery(
     Each item: `isic_id`; `kind` ("missed" or "false alarm"); `sentence` (how it ranks); `logit`; `probability`;
     `band` (None without thresholds); `doubts`; `origin` ("hold-out" or "out of fold"); `attribution`; `licence`;
     `scores`, of each way that the run scored it {"mode", "logit", "probability"}, empty where pictures are all there
-    is; `reasons`, what in its metadata moves its score, from the argument `reasons` by isic_id;
+    is; `reasons`, what in its metadata moves its score, which the argument `reasons` gives for the chosen ids;
     `image`, a JPEG as a data URI; `overlay`, the same with the served graph's map, None where it gives none.
     Raises `DataError` for a lesion that the store doesn't hold.
     """
@@ -75,6 +75,7 @@ def gallery(
     malignant, benign = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
     missed = malignant[np.argsort(rank[malignant], kind="stable")][:size]
     alarms = benign[np.argsort(-rank[benign], kind="stable")][:size]
+    said = reasons([rows["isic_id"][number] for number in (*missed.tolist(), *alarms.tolist())]) if reasons else {}
     items = []
     for kind, chosen, others in ((MISSED, missed, benign), (ALARM, alarms, malignant)):
         for number in chosen.tolist():
@@ -93,7 +94,7 @@ def gallery(
                     "band": CANNOT_JUDGE if doubts and named else named,
                     "doubts": doubts,
                     "scores": _scores(row, predictor),
-                    "reasons": list((reasons or {}).get(row["isic_id"], ())),
+                    "reasons": list(said.get(row["isic_id"], ())),
                     "origin": "hold-out" if row["fold"] == -1 else "out of fold",
                     "attribution": row.get("attribution"),
                     "licence": row.get("copyright_license"),

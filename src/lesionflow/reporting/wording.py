@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lesionflow import recipe
+
 LABELS = {
     "pauc": "pAUC",
     "pauc_88": "pAUC",
@@ -17,13 +19,7 @@ LABELS = {
     "pooled": "Pooled logits",
     "mean_of_folds": "Mean of folds",
 }
-MODES = {
-    "image": "Picture alone",
-    "record": "Metadata of the lesion",
-    "visit": "Metadata, compared with the patient's other lesions",
-    "image_record": "Picture and metadata of the lesion",
-    "image_visit": "Picture and metadata, compared with the patient's other lesions",
-}
+MODES = {name: words[0].upper() + words[1:] for name, words in recipe.MODES.items()}
 """The ways to score a lesion, from least to most."""
 
 

@@ -75,7 +75,9 @@ def serve(
     with _listen(host, port) as listener:
         opened = Bundle.open(_real(Path(bundle)))
         if not opened.pictures:
-            raise UsageError(f"{bundle}: knows metadata alone, and the service takes pictures; use `lesionflow predict`")
+            raise UsageError(
+                f"{bundle}: knows metadata alone, and the service takes pictures; use `lesionflow predict`"
+            )
         graph = Remote(opened, predictor_host, tls=predictor_tls, timeout=predictor_timeout) if predictor_host else None
         app = create_app(Predictor(opened, threads, graph=graph), limits=limits, name=name)
         if graph is None:

@@ -225,6 +225,8 @@ def band(logit: float, thresholds: Mapping[str, Mapping[str, Any]]) -> str | Non
 
     None without thresholds. That a picture can't be judged at all is for `serving.inputs` to say.
     """
+    if not math.isfinite(logit):
+        raise DataError("the model's answer is not a number: export the bundle again")
     if not thresholds:
         return None
     if logit >= _logit(thresholds, "refer"):

@@ -130,6 +130,7 @@ def _joined(
 
     from lesionflow.data.features import Matrix, features, has_record, lesions_of_patient
     from lesionflow.models.stack import fit_stack, save_stack
+    from lesionflow.models.ways import fit_line
 
     recipe = recipe_of(run)
     if recipe.tabular.missing == "refuse":
@@ -160,34 +161,42 @@ def _joined(
         ids=oof["isic_id"].to_list(), model_fold=oof["fold"].to_numpy(), folds=folds, progress=progress,
     )  # fmt: skip
     save_stack(stacked, run / "stack")
-    oof = _with_modes(oof, stacked.oof, known[rows])
+    y, fold = oof["target"].to_numpy(), oof["fold"].to_numpy()
+    pictures: dict[str, NDArray[np.float64] | None] = {"oof": None, "holdout": None}
+    if store.pictures:
+        # On the scale of the joined scores, since lesions with and without metadata are ranked together.
+        image, unseen = stacked.oof["image"], stacked.holdout["image"]
+        lines = [fit_line([image[fold != k]], y[fold != k]) for k in range(folds.count)]
+        pictures["oof"] = np.choose(fold, [line(image) for line in lines])
+        pictures["holdout"] = np.column_stack([line(unseen[:, k]) for k, line in enumerate(lines)])
+    oof = _with_modes(oof, stacked.oof, known[rows], pictures["oof"])
     if holdout is not None:
-        holdout = _with_modes(holdout, stacked.holdout, known[held])
+        holdout = _with_modes(holdout, stacked.holdout, known[held], pictures["holdout"])
     return oof, holdout
 
 
 def _with_modes(
-    table: pl.DataFrame, scores: Mapping[str, NDArray[np.float64]], known: NDArray[np.bool_]
+    table: pl.DataFrame,
+    scores: Mapping[str, NDArray[np.float64]],
+    known: NDArray[np.bool_],
+    pictures: NDArray[np.float64] | None,
 ) -> pl.DataFrame:
     """The table with `<mode>_logit` (and, of [n, K] scores, `<mode>_fold_logits`) and `logit`, what is served.
 
-    A lesion without metadata is served its picture's score.
+    A lesion without metadata has its picture's log-odds, `pictures`; where there are none, what trees make of nothing.
     """
+    import numpy as np
     import polars as pl
 
-    served = list(scores)[-1]
-    for mode, found in scores.items():
+    served = list(scores.values())[-1]
+    if pictures is not None:
+        served = np.where(known if served.ndim == 1 else known[:, None], served, pictures)
+    for name, found in {**{f"{mode}_": one for mode, one in scores.items()}, "": served}.items():
         if found.ndim == 2:
-            table = table.with_columns(pl.Series(f"{mode}_fold_logits", found.tolist(), dtype=pl.List(pl.Float64)))
+            table = table.with_columns(pl.Series(f"{name}fold_logits", found.tolist(), dtype=pl.List(pl.Float64)))
             found = found.mean(1)
-        table = table.with_columns(pl.Series(f"{mode}_logit", found))
-    columns = ["logit", "fold_logits"] if f"{served}_fold_logits" in table.columns else ["logit"]
-    if "image" not in scores:
-        return table.with_columns(pl.col(f"{served}_{name}").alias(name) for name in columns)
-    return table.with_columns(
-        pl.when(pl.Series(known)).then(pl.col(f"{served}_{name}")).otherwise(pl.col(f"image_{name}")).alias(name)
-        for name in columns
-    )
+        table = table.with_columns(pl.Series(f"{name}logit", found))
+    return table
 
 
 def _write_scores(out: Path, table: pl.DataFrame, store: Store, expected: int) -> None:

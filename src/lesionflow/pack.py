@@ -96,18 +96,16 @@ def _thresholds(served: dict[str, Any]) -> dict[str, Any]:
 def _visit(metrics: dict[str, Any]) -> dict[str, Any]:
     """What the bundle says of its modes: how each becomes a probability and a band, and what it is worth.
 
-    A patient's only lesion is among those that the served mode was tried on, so it has that one's thresholds. Without
-    a picture nothing is vouched for, so there are none.
+    Each has its own line and thresholds, measured with every lesion of the hold-out scored that way. Without a picture
+    nothing is vouched for, unless the data had none.
     """
     each, served = metrics["modes"]["each"], metrics["modes"]["served"]
     modes = {}
     for name, found in each.items():
-        # Without any picture in the data metadata alone is what is served, and vouched for.
-        whole = name.startswith("image_") or "image" not in each
-        of = metrics["served"] if whole else found if name == "image" else {}
-        probability = metrics["probability"] if whole else found["probability"]
+        of = metrics["served"] | {"probability": metrics["probability"]} if name == served else found
+        vouched = "image" in name or "image" not in each
         worth = {part: found.get(part) for part in ("out_of_fold", "holdout")}
-        modes[name] = {"calibration": probability, "thresholds": _thresholds(of), **worth}
+        modes[name] = {"calibration": of["probability"], "thresholds": _thresholds(of) if vouched else {}, **worth}
     return {"served": served, "modes": modes}
 
 
@@ -142,7 +140,11 @@ def _as_evaluated(run: Path, store: Store, predictor: Predictor) -> dict[str, fl
     if store.pictures:
         raw, _ = predictor.logits(np.stack([to_pixels(store.jpeg(row), predictor.spec) for row in rows]))
     scores = Visits(predictor).score(raw.astype(np.float64), store.table[rows])
-    off = np.abs(scores.fold_logits - np.array(table["fold_logits"].to_list())).max(1)
+    joined = np.array([mode != "image" for mode in scores.mode], bool)
+    expected = np.array(table["fold_logits"].to_list())[joined]
+    off = np.abs(scores.fold_logits[joined] - expected).max(1, initial=0.0)
+    if not len(off):
+        return {}
     worst, usual = float(off.max()), float(np.quantile(off, 0.95))
     if not (usual <= SMOKE_TOLERANCE and worst <= VISIT_TOLERANCE):
         raise GateRefused(

@@ -49,10 +49,12 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "data/neighbours.py",
         "data/missingness.py",
         "models",
+        "evaluation/metrics.py",
+        "evaluation/leaks.py",
         "serving/inputs.py",
         "gather.py",
     ),
-    "evaluate": ("evaluation", "data/duplicates.py", "steps.py"),
+    "evaluate": ("evaluation", "data/duplicates.py", "serving/predictor.py", "steps.py"),
     "gate": ("evaluation", "reporting", "pack.py", "present.py", "steps.py"),
     "export": ("export", "bundle.py", "serving", "data", "reporting", "pack.py", "present.py"),
 }
@@ -79,6 +81,8 @@ def plan_keys(recipe: Recipe, fingerprint: str, incumbent: str = "") -> dict[str
         part = {name: values[name] for name in _SECTIONS[step]}
         if step == "prepare":
             part = {"skip_corrupt": recipe.image.skip_corrupt, "pictures": recipe.model.per_fold > 0}
+        if step == "evaluate":
+            part["parity"] = recipe.gate.parity  # Thresholds leave room for it.
         if step == "train" and (weights := Path(recipe.model.weights)).is_file():
             part["weights"] = keys.file_hash(weights)
         inputs = {"before": before, "incumbent": incumbent if step == "gate" else ""}
@@ -185,7 +189,7 @@ def _versions() -> dict[str, str]:
     from importlib import metadata
 
     found = {"lesionflow": __version__, "python": sys.version.split()[0]}
-    for package in ("torch", "timm", "lightning", "numpy", "polars", "pillow", "simplejpeg", "onnxruntime"):
+    for package in ("torch", "timm", "lightning", "numpy", "polars", "pillow", "simplejpeg", "onnxruntime", "lightgbm"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

@@ -314,14 +314,14 @@ def _evaluate(run: Path, progress: bool) -> None:
 
     from lesionflow.evaluation import leaks
     from lesionflow.evaluation.evaluate import evaluate as figures
-    from lesionflow.serving.predictor import SMOKE_TOLERANCE
+    from lesionflow.serving.predictor import SMOKE_TOLERANCE, VISIT_TOLERANCE
 
     recipe, (store, folds) = recipe_of(run), data_of(run)
     oof = pl.read_parquet(run / "oof.parquet")
     holdout = pl.read_parquet(run / "holdout.parquet") if folds.holdout else None
     found = leaks.check_oof(oof, folds, holdout, store=store) | leaks.duplicates(store, folds, progress=progress)
     split = {"kind": folds.kind, "names": folds.names, "holdout": len(folds.holdout_rows())}
-    margin = max(recipe.gate.parity, SMOKE_TOLERANCE)
+    margin = max(recipe.gate.parity, VISIT_TOLERANCE if recipe.tabular.members else SMOKE_TOLERANCE)
     metrics = figures(oof, holdout, recipe.evaluation, split=split, leaks=found, margin=margin)
     count, members = folds.count, recipe.model.per_fold
     paths = [run / f"fold-{k}/model-{m}/metrics.csv" for k in range(count) for m in range(members)]

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from lesionflow import keys, steps
-from lesionflow.bundle import Bundle, write_manifest
+from lesionflow.bundle import Bundle, band, write_manifest
 from lesionflow.data.source import open_source
 from lesionflow.data.store import Store
 from lesionflow.errors import DataError, GateRefused, UsageError
@@ -174,6 +174,48 @@ def test_trees_that_answer_otherwise_are_not_served(tampered: Path) -> None:
         Predictor(tampered).smoke()
 
 
+def test_an_answer_that_is_no_number_names_no_band() -> None:
+    for thresholds in ({}, {"refer": {"logit": 0.0}}):
+        with pytest.raises(DataError, match="not a number"):
+            band(float("nan"), thresholds)
+
+
+def test_each_way_has_its_own_line_and_thresholds(finished: Path) -> None:
+    metrics, bundle = keys.read_json(finished / "metrics.json"), Bundle.open(finished / "bundle")
+    modes = bundle.info["visit"]["modes"]
+    for name, found in metrics["modes"]["each"].items():
+        served = name == metrics["modes"]["served"]
+        expected = metrics["probability"] if served else found["probability"]
+        assert modes[name]["calibration"] == expected
+    assert modes["image"]["calibration"] == bundle.info["calibration"]
+    assert not modes["record"]["thresholds"] and not modes["visit"]["thresholds"]
+
+
+def test_a_lesion_without_metadata_is_ranked_by_its_picture_on_one_scale(
+    finished: Path, synthetic: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    data = Path(shutil.copytree(synthetic, tmp_path / "data"))
+    table = pl.read_csv(data / "train-metadata.csv", infer_schema=False)
+    bare = pl.int_range(pl.len()) % 5 == 0
+    blank = [pl.when(bare).then(None).otherwise(pl.col(c)).alias(c) for c in table.columns if c.startswith("tbp_lv_")]
+    table.with_columns(blank).write_csv(data / "train-metadata.csv")
+    values = tiny_recipe.to_dict()
+    recipe = Recipe.from_dict(values | {"tabular": values["tabular"] | {"missing": "allow"}})
+    keyed = steps.begin(run, recipe, data)
+    steps.prepare(run, data, keyed["prepare"])
+    steps.split(run, keyed["split"])
+    steps.train(run, keyed["train"])
+    steps.stack(run, keyed["stack"])
+    oof = pl.read_parquet(run / "oof.parquet").join(table.select("isic_id", bare=bare), on="isic_id")
+    without = oof.filter(pl.col("bare"))
+    # Not the trees' score, and in the picture's order within a fold.
+    assert (without["logit"] != without["image_visit_logit"]).all()
+    for _, fold in without.group_by("fold"):
+        assert fold.sort("image_logit")["logit"].is_sorted()
+    assert (oof.filter(~pl.col("bare"))["logit"] == oof.filter(~pl.col("bare"))["image_visit_logit"]).all()
+
+
 def test_a_bundle_without_its_trees_is_refused(tampered: Path) -> None:
     (tampered / "tabular" / "stack.json").unlink()
     write_manifest(tampered)
@@ -196,6 +238,16 @@ def test_metadata_alone_is_a_run(synthetic: Path, tmp_path: Path, encode) -> Non
     assert not (bundle / "image.onnx").exists()
     done = predict_files(bundle, data, out=tmp_path / "s.csv", progress=False)
     assert done["scored"] == done["rows"] and set(done["modes"]) <= {"visit", "record"}
+    # Here the metadata alone was vouched for, so it names bands; a lesion with next to no metadata is scored too.
+    visits, table = Visits(Predictor(bundle)), Store.open(tmp_path / "run" / "store").table
+    thresholds = {"refer": {"logit": -1.0}, "low": {"logit": -2.0}}
+    for mode in visits.modes.values():
+        mode["thresholds"] = thresholds
+    sparse = table.head(3).select("isic_id", "patient_id", "age_approx")
+    for answers in (visits.predict([None] * 40, table.head(40)), visits.predict([None] * 3, sparse)):
+        assert [a.band for a in answers] == [band(a.logit, thresholds) for a in answers]
+    with pytest.raises(UsageError, match="--metadata"):
+        predict_files(bundle, synthetic / "test-image.hdf5", out=tmp_path / "n.csv", progress=False)
     with pytest.raises(UsageError, match="metadata alone"):
         Predictor(bundle).predict([encode(1)])
     with pytest.raises(UsageError, match="metadata alone"):

@@ -22,6 +22,7 @@ from lesionflow.options import (
 if TYPE_CHECKING:
     from lesionflow.cluster.api import Api
     from lesionflow.cluster.settings import Place, Settings
+    from lesionflow.recipe import Recipe
 
 pipeline_app = typer.Typer(help="The same job as a Kubeflow pipeline.", no_args_is_help=True)
 cluster_app = typer.Typer(help="Check a cluster, run on it, watch, and clean up.", no_args_is_help=True)
@@ -67,7 +68,7 @@ def pipeline_run(
 
     place = _place(name, cluster, on) if name else None
     run_local(
-        load_recipe(recipe, set_), data, out,
+        _deployable(load_recipe(recipe, set_)), data, out,
         processes=processes, incumbent=incumbent, place=place, keep_serving=serve_on,
     )  # fmt: skip
     print_summary(out)
@@ -109,7 +110,12 @@ def pipeline_submit(
 
     place = _place(name, cluster, on)
     made = submit(
-        _api(place.settings), place, load_recipe(recipe, set_), source=source, incumbent=incumbent, clean=clean
+        _api(place.settings),
+        place,
+        _deployable(load_recipe(recipe, set_)),
+        source=source,
+        incumbent=incumbent,
+        clean=clean,
     )
     typer.echo(made.url)
 
@@ -137,7 +143,7 @@ def cluster_run(
 
     place = _place(name, cluster, on)
     api = _api(place.settings)
-    made = submit(api, place, load_recipe(recipe, set_), source=source, incumbent=incumbent, clean=clean)
+    made = submit(api, place, _deployable(load_recipe(recipe, set_)), source=source, incumbent=incumbent, clean=clean)
     typer.echo(made.url)
     if not wait:
         return
@@ -298,3 +304,13 @@ def _api(settings: Settings) -> Api:
     from lesionflow.cluster.api import Api
 
     return Api.connect(settings)
+
+
+def _deployable(recipe: Recipe) -> Recipe:
+    """Refuse what the pipeline's last steps could not put behind the service."""
+    if not recipe.model.per_fold:
+        raise UsageError(
+            f"{recipe.name}: without a model of pictures there is nothing for the service, which the pipeline ends "
+            "with; use `lesionflow run`, and `lesionflow predict` with its bundle"
+        )
+    return recipe

@@ -22,7 +22,7 @@ import numpy as np
 from lesionflow.bundle import Bundle, band
 from lesionflow.data.images import DEFAULT_LIMITS, Limits, Pixels, PreprocessSpec, to_batch, to_pixels
 from lesionflow.data.source import Source, open_source
-from lesionflow.errors import DataError, GateRefused, ImageError
+from lesionflow.errors import DataError, GateRefused, ImageError, UsageError
 from lesionflow.keys import atomic
 from lesionflow.progress import track
 from lesionflow.serving.graph import Floats, Graph, NoGraph
@@ -210,6 +210,8 @@ def predict_files(
                 skipped.append({"isic_id": isic_id, "reason": found})
             else:
                 seen[isic_id], scores[isic_id] = found[0], predictor.probability(found[1])
+        if source.metadata is None and not predictor.bundle.pictures:
+            raise UsageError(f"{predictor.bundle.path}: knows metadata alone: name a CSV with --metadata")
         if source.metadata is not None and predictor.bundle.info.get("visit"):
             joined = _join(predictor, source.metadata, seen)
             scores |= joined.probability

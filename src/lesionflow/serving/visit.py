@@ -6,9 +6,9 @@
 
 A lesion with a picture and metadata is scored by both, compared with the patient's other lesions; a patient's only
 lesion without that comparison; one without metadata by its picture; one without a usable picture by its metadata, but
-then no band is named. The answer says which, and the bundle what each of these ways was measured to be worth.
-Features are those of training, by the same function, and every fold's pipeline is kept: the fold's own reproduces its
-out-of-fold score.
+then no band is named (unless the bundle never knew pictures). The answer says which, and the bundle what each of
+these ways was measured to be worth. Features are those of training, by the same function, and every fold's pipeline is
+kept: the fold's own reproduces its out-of-fold score.
 """
 
 from __future__ import annotations
@@ -90,6 +90,11 @@ class Visits:
                 f"{bundle.path}: {len(self.joined.pipelines)} folds join metadata, the graph has {bundle.models}: "
                 "export the bundle again"
             )
+        if ("image" in self.joined.modes) != bundle.pictures or set(self.joined.modes) - set(self.modes):
+            raise DataError(
+                f"{bundle.path}: bundle.json knows the modes {', '.join(self.modes)}, "
+                f"its trees {', '.join(self.joined.modes)}: export the bundle again"
+            )
         self._own = tuple(name for name in self.joined.blocks if name in ("plain", "derived"))
 
     def score(self, fold_logits: Doubles, table: pl.DataFrame) -> Scores:
@@ -109,6 +114,9 @@ class Visits:
         for name, logits in found.items():
             here = np.array([one == name for one in mode], bool)
             chosen[here] = logits[here]
+        if not np.isfinite(chosen[[one != "" for one in mode]]).all():
+            raise DataError(f"{self.predictor.bundle.path}: the trees' answer is not a number: export the bundle again")
+        known = known if self.predictor.bundle.pictures else np.ones(len(table), bool)
         able = {name: (seen if "image" in name else True) & (known if name != "image" else True) for name in found}
         return Scores(
             mode, chosen, {name: np.where(able[name], logits.mean(1), np.nan) for name, logits in found.items()}
@@ -152,7 +160,8 @@ class Visits:
         fold_logits = np.full((len(images), models), np.nan)
         raw, _ = self.predictor.logits(pixels)
         fold_logits[given] = raw
-        doubts: list[tuple[str, ...]] = [(NO_PICTURE,)] * len(images)
+        unseen = (NO_PICTURE,) if self.predictor.bundle.pictures else ()
+        doubts: list[tuple[str, ...]] = [unseen] * len(images)
         for row, doubt in zip(given, self.predictor.doubts(pixels, raw), strict=True):
             doubts[row] = tuple(doubt)
         scores = self.score(fold_logits, table)
@@ -168,8 +177,9 @@ class Visits:
         return sigmoid(float(calibration["a"]) * logit + float(calibration["b"]))
 
     def _mode(self, seen: bool, known: bool, alone: bool) -> str:
-        if not known:
+        if not known and self.predictor.bundle.pictures:
             return "image" if seen else ""
+        # Without any picture, trees take what little there is, as they did when they were evaluated.
         context = "visit" if "visit" in self.joined.modes and not alone else "record"
         return f"image_{context}" if seen else context
 

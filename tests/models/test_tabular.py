@@ -207,7 +207,7 @@ def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(UsageError, match=re.escape(f"pip install 'lesionflow[{extra}]'")):
             Boosted.fit(matrix, y, only(kind), seed=0)
         with pytest.raises(UsageError, match=re.escape(f"pip install 'lesionflow[{extra}]'")):
-            boosters.read(kind, b"{}", "a file")
+            boosters.read(kind, b"{}", "a file", matrix.names)
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:

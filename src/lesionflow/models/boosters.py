@@ -1,7 +1,8 @@
 """LightGBM, CatBoost and XGBoost behind one face: train one model, keep it as text, score with it.
 
 A model *is* its text, from the moment it is trained: what scores is always what was read back from it, so nothing
-changes when it is saved and loaded. Text can be read by a person and, unlike a pickle, runs nothing when loaded.
+changes when it is saved and loaded. Text can be read by a person and, unlike a pickle, runs nothing when loaded;
+`modeltext` has checked it before a library sees it.
 The libraries are imported when they are first needed.
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lesionflow.errors import DataError, missing_extra
+from lesionflow.models import modeltext
 from lesionflow.recipe import Tabular
 
 Floats = NDArray[np.float64]
@@ -33,9 +35,8 @@ class Booster(Protocol):
     """One trained model of F features."""
 
     text: bytes
-
-    def width(self) -> int:
-        """F."""
+    names: tuple[str, ...]
+    """The F features, without what the libraries' formats use themselves."""
 
     def margins(self, values: Floats) -> Floats:
         """Log-odds of values [B, F], float64 [B]."""
@@ -53,8 +54,9 @@ class LightGBM:
     suffix = "txt"
 
     def __init__(self, text: bytes) -> None:
-        self.text = text
-        self._model = library("lightgbm").Booster(model_str=text.decode())
+        checked = modeltext.lightgbm(text)
+        self.text, self.names = text, checked.names
+        self._model = library("lightgbm").Booster(model_str=checked.text)
 
     @classmethod
     def fit(
@@ -86,9 +88,6 @@ class LightGBM:
                 model.set_leaf_output(0, leaf, model.get_leaf_output(0, leaf) + shift)
         return cls(model.model_to_string(num_iteration=-1).encode())
 
-    def width(self) -> int:
-        return int(self._model.num_feature())
-
     def margins(self, values: Floats) -> Floats:
         threads = 1 if len(values) < _FEW else 0
         return np.asarray(self._model.predict(values, raw_score=True, num_threads=threads), np.float64)
@@ -107,12 +106,13 @@ class CatBoost:
     suffix = "json"
 
     def __init__(self, text: bytes) -> None:
-        self.text = text
+        checked = modeltext.catboost(text)
+        self.text, self.names = text, checked.names
         self._model = library("catboost", "boosters").CatBoost()
         # The library reads this format from files only.
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.json"
-            path.write_bytes(text)
+            path.write_text(checked.text)
             self._model.load_model(str(path), format="json")
 
     @classmethod
@@ -148,9 +148,6 @@ class CatBoost:
             kept["model_info"].pop(name, None)
         return cls(json.dumps(kept).encode())
 
-    def width(self) -> int:
-        return len(self._model.feature_names_)
-
     def margins(self, values: Floats) -> Floats:
         found = self._model.predict(values, prediction_type="RawFormulaVal", thread_count=1)
         return np.asarray(found, np.float64)
@@ -169,10 +166,10 @@ class XGBoost:
     suffix = "json"
 
     def __init__(self, text: bytes) -> None:
-        self.text = text
+        checked = modeltext.xgboost(text)
+        self.text, self.names = text, checked.names
         self._model = library("xgboost", "boosters").Booster({"nthread": 1})
-        self._model.load_model(bytearray(text))
-        self._count = int(self._model.num_features())
+        self._model.load_model(bytearray(checked.text.encode()))
 
     @classmethod
     def fit(
@@ -204,9 +201,6 @@ class XGBoost:
         model = xgboost.train(settings, data, num_boost_round=options.rounds)
         return cls(bytes(model.save_raw("json")))
 
-    def width(self) -> int:
-        return self._count
-
     def margins(self, values: Floats) -> Floats:
         return np.asarray(self._model.predict(self._data(values), output_margin=True), np.float64)
 
@@ -233,17 +227,25 @@ KINDS: dict[str, type[LightGBM] | type[CatBoost] | type[XGBoost]] = {
 """By the name of their field in the recipe's `[tabular]`."""
 
 
-def read(kind: str, text: bytes, where: str) -> Booster:
-    """The model that was saved as `text`; raises `DataError` naming the file if that is damaged."""
+def read(kind: str, text: bytes, where: str, names: Sequence[str]) -> Booster:
+    """The model that was saved as `text`, of the features `names`.
+
+    Raises `DataError` naming the file if that is damaged, or of other features.
+    """
     library(kind, "train" if kind == "lightgbm" else "boosters")
     try:
-        if kind != "lightgbm":
-            json.loads(text)
-        elif b"end of trees" not in text:  # LightGBM takes half a file for a smaller model.
-            raise ValueError("its end is missing")
-        return KINDS[kind](text)
+        model: Booster = KINDS[kind](text)
     except Exception as error:  # Each library has errors of its own.
         raise DataError(f"{where}: not a {kind} model ({str(error).strip()[:200]}); export the bundle again") from None
+    expected = _plain(names)
+    if list(model.names) != expected:
+        odd = next((a for a, b in zip(model.names, expected, strict=False) if a != b), None)
+        raise DataError(
+            f"{where}: the {kind} model is of {len(model.names)} features, this version makes {len(expected)}"
+            f"{f' and none that is {odd!r} in its place' if odd else ''}; "
+            "use the version of lesionflow that the bundle was made with, or train again"
+        )
+    return model
 
 
 def cores() -> int:

@@ -42,12 +42,6 @@ class Boosted:
         """(kind, model) of each."""
         if not members:
             raise UsageError("tabular: no model asked for; set tabular.lightgbm, catboost or xgboost to at least 1")
-        for kind, model in self.members:
-            if model.width() != len(self.names):
-                raise DataError(
-                    f"tabular: the {kind} model is of {model.width()} features, this version makes {len(self.names)}; "
-                    "use the version of lesionflow that the bundle was made with, or train again"
-                )
 
     @classmethod
     def fit(cls, matrix: Matrix, y: ArrayLike, options: Tabular, *, seed: int, threads: int | None = None) -> Boosted:
@@ -124,13 +118,13 @@ class Boosted:
     def load(cls, read_file: Callable[[str], bytes], files: Sequence[str], names: Sequence[str]) -> Boosted:
         """Read what `save` wrote, of the features `names`; predictions are bit for bit as before.
 
-        Raises `DataError` naming a file that is no model, or is of another number of features.
+        Raises `DataError` naming a file that is no model, or is of other features.
         """
         members = []
         for file in files:
             if not (found := _FILE.fullmatch(file)):
                 raise DataError(f"{file}: expected <prefix>-<kind>-<number>, kind one of {', '.join(KINDS)}")
-            members.append((found[1], read(found[1], read_file(file), file)))
+            members.append((found[1], read(found[1], read_file(file), file, names)))
         return cls(names, members)
 
     def _checked(self, values: Floats) -> Floats:

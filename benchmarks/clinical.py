@@ -2,9 +2,9 @@
 
 Simulated cohorts, markdown tables. `threshold`: how often the true sensitivity is under the bound it was chosen for,
 at most 5 % (1.4 points of simulation error at 1,000 cohorts). `shift`: a prevalence that calibration has to recover.
-`work`, `reliability`, `drawn`: how often 95 % intervals hold the truth, by number of malignant lesions. `lists`: how
-many lesions one benign lesion may stand for before figures per patient are no use. Each takes a few minutes on one
-core; `--cohorts` shortens it.
+`work`, `reliability`, `drawn`, `line`: how often 95 % intervals hold the truth, by number of malignant lesions.
+`lists`: how many lesions one benign lesion may stand for before figures per patient are no use. Each takes a few
+minutes on one core; `--cohorts` shortens it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from lesionflow.bundle import probability_interval
 from lesionflow.evaluation import calibration, decision, thresholds, workload
 from lesionflow.evaluation.workload import SENSITIVITIES
 
@@ -264,6 +265,36 @@ def shift(cohorts: int) -> None:
         print(f"| {malignant} of {malignant + benign:,} | {PREVALENCE:g} | {' | '.join(cells)} |", flush=True)
 
 
+def line(cohorts: int) -> None:
+    """Of one lesion's probability, at scores that 1, 50, 90 and 99 % of lesions lie under."""
+    print("| patients | malignant lesions | patients differ by | stated | 1 % | 50 % | 90 % | 99 % |")
+    print("|---|---|---|---|---|---|---|---|")
+
+    def draw(rng: np.random.Generator, patients: int, each: float, middle: float, unlike: float):
+        owner = np.repeat(np.arange(patients), 1 + rng.poisson(each * rng.gamma(0.7, 1 / 0.7, patients)))
+        s = rng.normal(size=patients)[owner] + 1.5 * rng.normal(size=len(owner))
+        odds = 0.8 * s + middle + unlike * rng.normal(size=patients)[owner]
+        return s, (rng.random(len(s)) < calibration.sigmoid(odds)).astype(int), owner
+
+    for patients, each, middle, unlike in ((1000, 20, -5.5, 1.0), (300, 10, -4.0, 0.0), (300, 10, -4.0, 1.0),
+                                           (100, 8, -3.0, 1.0), (60, 6, -2.5, 0.5)):  # fmt: skip
+        for prevalence in (PREVALENCE, 0.0):
+            rng = np.random.default_rng(1)
+            s, y, _ = draw(rng, 60_000, each, middle, unlike)
+            true, at = calibration.fit(s, y, prevalence=prevalence), np.quantile(s, (0.01, 0.5, 0.9, 0.99))
+            inside, counts = [], []
+            for _ in range(cohorts):
+                s, y, owner = draw(rng, patients, each, middle, unlike)
+                found = calibration.fit(s, y, prevalence=prevalence, groups=owner).to_dict()
+                counts.append(y.sum())
+                if found["covariance"] is not None:
+                    ends = [probability_interval(float(one), found) for one in at]
+                    inside.append([low <= p <= high for (low, high), p in zip(ends, true.probability(at), strict=True)])
+            cells = " | ".join(f"{share:.1%}" for share in np.mean(inside, axis=0))
+            stated = f"{prevalence:g}" if prevalence else "as drawn"
+            print(f"| {patients} | {np.mean(counts):.0f} | {unlike:g} | {stated} | {cells} |", flush=True)
+
+
 def main() -> None:
     parts = {
         "threshold": threshold,
@@ -272,6 +303,7 @@ def main() -> None:
         "lists": lists,
         "reliability": reliability,
         "drawn": drawn,
+        "line": line,
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=parts, action="append")

@@ -194,14 +194,24 @@ def real(run: Path, source: Path, options: argparse.Namespace) -> None:
     data = Set(cohort, rows, store.table)
     if not np.array_equal(data.y, store.targets):
         raise SystemExit(f"{run}: not of the set in {source}")
-    tables = {name: pl.read_parquet(run / f"{name}.parquet") for name in ("oof", "holdout")}
+    parts = {name: run / f"{name}.parquet" for name in ("oof", "holdout")}
+    tables = {name: pl.read_parquet(path) for name, path in parts.items() if path.exists()}
     at = {name: row for row, name in enumerate(store.ids)}
     order = {name: np.array([at[one] for one in kept["isic_id"]]) for name, kept in tables.items()}
     sort = {name: np.argsort(found) for name, found in order.items()}
     image = tables["oof"]["image_logit"].to_numpy()[sort["oof"]]
-    held = np.array(tables["holdout"]["image_fold_logits"].to_list())[sort["holdout"]]
-    bare = grow(data, folds, image, held, plain(recipe.tabular), recipe.stack.method)
-    own = {"oof": bare.oof["image_record"], "holdout": bare.holdout["image_record"].mean(1)}
+    held = np.zeros((0, folds.count))
+    if "holdout" in tables:
+        held = np.array(tables["holdout"]["image_fold_logits"].to_list())[sort["holdout"]]
+    tabular = recipe.tabular
+    if options.members:
+        # Both sides anew, with as many trees each.
+        tabular = replace(tabular, lightgbm=options.members, rounds=options.rounds or tabular.rounds)
+        full = grow(data, folds, image, held, tabular, recipe.stack.method)
+    bare = grow(data, folds, image, held, plain(tabular), recipe.stack.method)
+    own = {"oof": bare.oof["image_record"]}
+    if "holdout" in tables:
+        own["holdout"] = bare.holdout["image_record"].mean(1)
     for name, kept in tables.items():
         found = order[name][sort[name]]
         scores = {
@@ -209,6 +219,8 @@ def real(run: Path, source: Path, options: argparse.Namespace) -> None:
             for mode in MODES
             if f"{mode}_logit" in kept.columns
         }
+        if options.members:
+            scores = {NAMES[mode]: full.oof[mode] if name == "oof" else full.holdout[mode].mean(1) for mode in MODES}
         scores = {"picture": scores.pop("picture"), PLAIN: own[name]} | scores
         what = "out of fold" if name == "oof" else "hold-out, the mean of all folds' pipelines"
         title = f"Trained pictures, {run.name}: {what}"
@@ -223,15 +235,15 @@ def main() -> None:
     parser.add_argument("--lesions", type=int, default=30_000)
     parser.add_argument("--prevalence", type=float, default=0.015)
     parser.add_argument("--seed", type=int, default=0, help="of the cohort")
-    parser.add_argument("--members", type=int, default=2, help="LightGBM models per fold")
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--members", type=int, help="LightGBM models per fold (2; with --run as the run has)")
+    parser.add_argument("--rounds", type=int, help="of each (200; with --run as the run has)")
     parser.add_argument("--method", default="auto")
     parser.add_argument("--replicates", type=int, default=2000)
     options = parser.parse_args()
     if options.run:
         real(*options.run, options)
     else:
-        emulate(options, Tabular(lightgbm=options.members, rounds=options.rounds))
+        emulate(options, Tabular(lightgbm=options.members or 2, rounds=options.rounds or 200))
 
 
 if __name__ == "__main__":

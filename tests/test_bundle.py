@@ -1,6 +1,7 @@
 """A bundle is used only if it is exactly what was written."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lesionflow.bundle import Bundle, band, verify, write_manifest
+from lesionflow.bundle import Bundle, band, check_info, probability_interval, verify, write_manifest
 from lesionflow.errors import DataError
 
 
@@ -222,3 +223,22 @@ def test_opening_a_bundle_loads_neither_torch_nor_onnx(bundle_dir):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_probabilitys_interval_follows_from_the_lines_covariance():
+    line = {"a": 0.8, "b": -4.0, "covariance": [[0.04, 0.02], [0.02, 0.09]]}
+    low, high = probability_interval(2.0, line)
+    error = 1.959964 * (4 * 0.04 + 2 * 2 * 0.02 + 0.09) ** 0.5
+    assert [math.log(p / (1 - p)) for p in (low, high)] == pytest.approx([-2.4 - error, -2.4 + error])
+    assert probability_interval(2.0, line | {"covariance": None}) is None
+    assert probability_interval(2.0, {"a": 0.8, "b": -4.0}) is None
+
+
+@pytest.mark.parametrize(
+    "covariance", [[[1, 0]], [[-1, 0], [0, 1]], [[1, 2], [2, 1]], [[1, 0.1], [0.2, 1]], [[math.inf, 0], [0, 1]], "x"]
+)
+def test_a_covariance_that_is_none_is_refused(bundle_dir, covariance):
+    info = Bundle.open(bundle_dir).info
+    changed = info | {"calibration": info["calibration"] | {"covariance": covariance}}
+    with pytest.raises(DataError, match="calibration can't be"):
+        check_info(changed, "bundle.json")

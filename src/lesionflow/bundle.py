@@ -29,6 +29,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from lesionflow.data.images import PreprocessSpec
@@ -160,7 +161,8 @@ def check_info(info: Any, where: str) -> dict[str, Any]:
     Fields: `format` 1; `name`; `created` (UTC, ISO 8601); `lesionflow` (version); `preprocess`
     (`PreprocessSpec`); `graph` (`inputs`, `outputs`: name, datatype, shape with -1 for the batch;
     `opset`); `models` K; `tta`; `calibration` (`kind`, `a`, `b`: probability = 1 / (1 + exp(-(a x
-    logit + b))), `a` positive so that the order of lesions stays, and what prevalence it is for);
+    logit + b))), `a` positive so that the order of lesions stays, what prevalence it is for, and the `covariance`
+    of a and b, or null);
     `thresholds` (`refer` and `low`, each with a `logit` and how it was chosen, as `band` reads them;
     empty where no band could be vouched for); `inputs` (what pictures the model knows, as
     `serving.inputs` reads it; may be missing); `visit` (only with metadata: `served`, the mode of what is
@@ -234,6 +236,23 @@ def band(logit: float, thresholds: Mapping[str, Mapping[str, Any]]) -> str | Non
     return "low" if "low" in thresholds and logit < _logit(thresholds, "low") else "routine"
 
 
+def probability_interval(
+    logit: float, calibration: Mapping[str, Any], level: float = 0.95
+) -> tuple[float, float] | None:
+    """What a calibrated probability could be, had the line been fitted to other patients of the kind; None if unknown.
+
+    Normal on the log-odds: a x logit + b plus and minus z x sqrt(logit^2 var(a) + 2 logit cov(a, b) + var(b)). It
+    covers the line alone: that patients and pictures are of the kind it was fitted on is assumed.
+    """
+    if not (covariance := calibration.get("covariance")):
+        return None
+    (aa, ab), (_, bb) = covariance
+    middle = calibration["a"] * logit + calibration["b"]
+    error = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(max(0.0, logit * logit * aa + 2 * logit * ab + bb))
+    low, high = (0.5 * (1 + math.tanh(z / 2)) for z in (middle - error, middle + error))
+    return low, high
+
+
 def _logit(thresholds: Mapping[str, Mapping[str, Any]], name: str) -> float:
     return float(thresholds[name]["logit"])
 
@@ -303,7 +322,17 @@ def _is_spec(value: Any) -> bool:
 
 
 def _is_calibration(value: Any) -> bool:
-    return isinstance(value, dict) and _finite(value.get("a")) and _finite(value.get("b")) and value["a"] > 0
+    if not (isinstance(value, dict) and _finite(value.get("a")) and _finite(value.get("b")) and value["a"] > 0):
+        return False
+    return value.get("covariance") is None or _is_covariance(value["covariance"])
+
+
+def _is_covariance(value: Any) -> bool:
+    rows = isinstance(value, list) and len(value) == 2 and all(isinstance(row, list) and len(row) == 2 for row in value)
+    if not (rows and all(_finite(one) for row in value for one in row)):
+        return False
+    (aa, ab), (ba, bb) = value
+    return bool(aa >= 0 and bb >= 0 and ab == ba and ab * ab <= aa * bb * (1 + 1e-9))
 
 
 def _finite(value: Any) -> bool:

@@ -261,3 +261,31 @@ def test_the_whole_competition_s_size_takes_about_a_second():
     p = calibration.cross_fitted(logit, y, parts, prevalence=0.00098)
     calibration.assess(p, y, patient, prevalence=0.00098)
     assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize("prevalence", [0.0, 0.01])
+def test_the_covariance_is_what_repeated_cohorts_show(prevalence):
+    # Patients are alike inside, so lesions taken as independent would give far too narrow an interval.
+    rng, found, lines = np.random.default_rng(3), [], []
+    for _ in range(300):
+        owner = np.repeat(np.arange(150), 8)
+        s = rng.normal(size=150)[owner] + rng.normal(size=len(owner))
+        odds = 0.9 * s - 2.5 + 1.2 * rng.normal(size=150)[owner]
+        y = (rng.random(len(s)) < calibration.sigmoid(odds)).astype(int)
+        fitted = calibration.fit(s, y, prevalence=prevalence, groups=owner)
+        found.append(fitted.covariance)
+        lines.append([fitted.a, fitted.b])
+    true = np.cov(np.transpose(lines))
+    assert np.sqrt(np.diag(np.mean(found, 0))) == pytest.approx(np.sqrt(np.diag(true)), rel=0.12)
+    assert np.mean(found, 0)[0, 1] == pytest.approx(true[0, 1], abs=0.3 * np.sqrt(true[0, 0] * true[1, 1]))
+
+
+def test_too_few_malignant_lesions_give_no_covariance():
+    rng = np.random.default_rng(0)
+    ill = np.arange(300) < 20
+    s = rng.normal(size=300) + ill
+    assert (
+        calibration.fit(s, ill & (np.arange(300) > 0), prevalence=0.01, groups=np.arange(300)).to_dict()["covariance"]
+        is None
+    )
+    assert calibration.fit(s, ill, prevalence=0.01, groups=np.arange(300)).covariance is not None

@@ -168,7 +168,7 @@ def test_a_run_with_metadata_shows_every_score_and_the_reasons(store, mapped_bun
     assert alone["probability"] == pytest.approx(1 / (1 + np.exp(-(0.5 * -3.0 + 1))))
     assert (joined["band"], alone["band"]) == ("refer", "routine")
     assert [(one["mode"], one["logit"]) for one in joined["scores"]] == [
-        ("Picture alone", -4.0), ("Metadata of the lesion", -1.0), ("Picture and metadata of the lesion", -3.0)
+        ("The picture alone", -4.0), ("Metadata of the lesion", -1.0), ("Picture and metadata of the lesion", -3.0)
     ]  # fmt: skip
     assert joined["scores"][1]["probability"] == pytest.approx(0.5)
     assert (joined["reasons"], alone["reasons"]) == (list(said["ISIC_0000000"]), [])

@@ -464,7 +464,7 @@ def test_the_card_says_what_metadata_does_and_what_it_adds():
     assert "3 LightGBM, 1 CatBoost in each fold" in made
     one = found["modes"]["adds"][0]["out_of_fold"]
     assert f"| The lesion's metadata, to the picture | {plain(one, 'signed')} |" in made
-    assert "| Picture alone | 0.1301 (" in made
+    assert "| The picture alone | 0.1301 (" in made
     assert "| 9a | Choice of predictors | card, The model, recipe `tabular`" in made
     assert "recipe `tabular.missing`" in made
     del found["modes"]["each"]["image"], found["modes"]["each"]["image_record"], found["modes"]["each"]["image_visit"]

@@ -11,7 +11,7 @@ with the very prevalence that was stated, so they can't reveal a wrong one.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,22 +48,60 @@ class Calibration:
     """The share in the lesions it was fitted on."""
     lesions: int
     malignant: int
+    covariance: tuple[tuple[float, float], tuple[float, float]] | None = None
+    """Of a and b, as if patients were a sample; None where nobody asked, or lesions or scores say too little."""
 
     def probability(self, logit: ArrayLike) -> Floats:
         """Probabilities float64, same shape, of finite logits."""
         return sigmoid(self.a * np.asarray(logit, np.float64) + self.b)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "logistic"} | asdict(self)
+        rows = None if self.covariance is None else [list(row) for row in self.covariance]
+        return {"kind": "logistic"} | asdict(self) | {"covariance": rows}
 
 
-def fit(logit: ArrayLike, y: ArrayLike, *, prevalence: float) -> Calibration:
+def fit(logit: ArrayLike, y: ArrayLike, *, prevalence: float, groups: Groups | None = None) -> Calibration:
     """The calibration of `logit` [n] for targets y [n] 0/1, for a population of `prevalence` (0: as in the data).
 
+    With the patient of each lesion (`groups` [n]) it has a `covariance`, so that a probability can have an interval.
     Raises `DataError` for NaN, infinities or a single class, as `metrics.pauc` does.
     """
     malignant, scores = checked(y, logit)
-    return _fit(malignant, scores, prevalence)
+    fitted = _fit(malignant, scores, prevalence)
+    if groups is None or fitted.a * float(scores.std()) <= LEAST_SLOPE * 1.01:
+        return fitted
+    return replace(
+        fitted, covariance=_covariance(malignant, scores, codes(groups, len(scores)), fitted, drawn=not prevalence)
+    )
+
+
+def _covariance(
+    malignant: NDArray[np.bool_], scores: Floats, owner: Ints, fitted: Calibration, *, drawn: bool
+) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """The sandwich estimate of (a, b), clustered by patient (Liang & Zeger 1986).
+
+    Where the prevalence is stated, `b` holds the difference of its log-odds to those of the data, and the data's are an
+    estimate too: each lesion's share in that chance is taken off its pull.
+    """
+    if refusal(malignant, owner, replicates=1):
+        return None
+    count, patients = len(scores), int(owner.max()) + 1
+    centre, spread = float(scores.mean()), float(scores.std())
+    x, data = (scores - centre) / spread, fitted.data_prevalence
+    shift = 0.0 if drawn else log_odds(fitted.prevalence) - log_odds(data)
+    p = sigmoid(fitted.a * scores + fitted.b - shift)
+    curvature = p * (1 - p)
+    mixed = float(curvature @ x)
+    bread = np.linalg.pinv(np.array([[curvature @ (x * x), mixed], [mixed, curvature.sum()]]))
+    pull = np.stack([(malignant - p) * x, malignant - p], axis=1) @ bread
+    if not drawn:
+        pull[:, 1] -= (malignant - data) / (count * data * (1 - data))
+    summed = np.stack([np.bincount(owner, column, patients) for column in pull.T], axis=1)
+    of_x = summed.T @ summed * patients / (patients - 1)
+    # From the line in x = (logit - centre) / spread to the one in the logit itself.
+    turn = np.array([[1 / spread, 0.0], [-centre / spread, 1.0]])
+    (aa, ab), (ba, bb) = (turn @ of_x @ turn.T).tolist()
+    return (aa, ab), (ba, bb)
 
 
 def cross_fitted(logit: ArrayLike, y: ArrayLike, parts: ArrayLike, *, prevalence: float) -> Floats:

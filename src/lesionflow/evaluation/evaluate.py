@@ -175,12 +175,12 @@ def _served(
 ) -> dict[str, Any]:
     """`probability`, how a served logit becomes one, and `served`, what is known of the combination that is served."""
     if holdout is None:
-        fitted = calibration.fit(oof.s, oof.y, prevalence=options.prevalence)
+        fitted = calibration.fit(oof.s, oof.y, prevalence=options.prevalence, groups=oof.groups)
         return {"probability": fitted.to_dict() | {"fitted_on": "out-of-fold"}, "served": {"reason": NO_HOLDOUT}}
     here = _Lesions(_checked(holdout, "holdout"), options, level)
     _held_apart(here.table, oof.table)
     y, s, groups, doubtful = here.y, here.s, here.groups, _doubtful(here.table)
-    fitted = calibration.fit(s, y, prevalence=options.prevalence)
+    fitted = calibration.fit(s, y, prevalence=options.prevalence, groups=groups)
     parts = calibration.patient_parts(groups, seed=options.seed, y=y)
     probability = calibration.cross_fitted(s, y, parts, prevalence=options.prevalence)
     # A lesion that can't be judged isn't referred by the model: whoever vouches for it must count it as missed.

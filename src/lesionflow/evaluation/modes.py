@@ -200,7 +200,7 @@ def _fitted(
     """How this mode's log-odds become a probability and a band."""
     on = "holdout" if "holdout" in parts else "out_of_fold"
     part, s = parts[on], scores[on][name]
-    fitted = calibration.fit(s, part.y, prevalence=options.prevalence).to_dict()
+    fitted = calibration.fit(s, part.y, prevalence=options.prevalence, groups=part.groups).to_dict()
     fitted |= {"fitted_on": "holdout" if on == "holdout" else "out-of-fold"}
     if on != "holdout":
         return {"probability": fitted, "thresholds": None}

@@ -152,7 +152,6 @@ def catboost(text: bytes) -> Checked:
     scale, bias = _list(_get(top, "scale_and_bias"), "scale_and_bias", count=2)
     anew = {
         "features_info": {"float_features": kept},
-        "model_info": {"params": {"loss_function": {"type": "Logloss", "params": {}}}},
         "oblivious_trees": [_catboost_tree(tree, f"oblivious_trees[{i}]", borders) for i, tree in enumerate(trees)],
         "scale_and_bias": [*_floats([scale], "scale"), _floats(bias, "bias", count=1)],
     }

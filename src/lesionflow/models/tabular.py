@@ -50,7 +50,7 @@ class Boosted:
         Members are trained side by side on `threads` (by default all cores), one thread each, so that the number
         of threads can't change a tree. Raises `DataError` for targets of one class or that aren't 0 and 1.
         """
-        values, truth = matrix.values, np.asarray(y)
+        values, truth = np.ascontiguousarray(matrix.values), np.asarray(y)
         if truth.shape != (len(values),):
             raise DataError(f"targets: {truth.size} for {len(values)} rows of features; they must match row by row")
         if not np.isin(truth, (0, 1)).all() or len(np.unique(truth)) < 2:
@@ -62,34 +62,40 @@ class Boosted:
             kind, i = which
             rng = np.random.default_rng([seed, list(KINDS).index(kind), i])
             rows, shift = draw(truth, options.negatives, rng)
-            x = np.ascontiguousarray(values[rows])
+            x, target = values, truth
+            if len(rows) < len(values):  # Rows are copied only where some are left out.
+                x, target = values[rows], truth[rows]
             own = int(rng.integers(2**31 - 1))
-            return kind, KINDS[kind].fit(x, truth[rows], matrix.names, options, seed=own, shift=shift)
+            return kind, KINDS[kind].fit(x, target, matrix.names, options, seed=own, shift=shift)
 
         with ThreadPoolExecutor(threads or cores()) as pool:
             return cls(matrix.names, list(pool.map(one, asked)))
 
     def logits(self, values: Floats) -> Floats:
-        """Log-odds of values [B, F] (NaN where unknown), at the prevalence of what was learned from: float64 [B]."""
+        """Log-odds of values [B, F] (NaN where unknown), at the prevalence of what was learned from: float64 [B].
+
+        Raises `DataError` where the trees give what isn't a number.
+        """
         x = self._checked(values)
         if not len(x):
             return np.zeros(0)
         total = np.zeros(len(x))
         for _, model in self.members:
             total += model.margins(x)
-        return total / len(self.members)
+        return _finite(total / len(self.members), "log-odds")
 
     def contributions(self, values: Floats) -> Floats:
         """What each feature adds to each lesion's log-odds, and last the base: float64 [B, F + 1].
 
         TreeSHAP (Lundberg et al. 2020, path-dependent) of each member, averaged: a row sums to its `logits`.
+        Raises `DataError` where the trees give what isn't a number.
         """
         x = self._checked(values)
         total = np.zeros((len(x), len(self.names) + 1))
         if len(x):
             for _, model in self.members:
                 total += model.contributions(x)
-        return total / len(self.members)
+        return _finite(total / len(self.members), "contributions")
 
     def importances(self) -> dict[str, float]:
         """Each feature's share of what all splits gained, the mean over the members; it sums to 1.
@@ -134,6 +140,15 @@ class Boosted:
                 f"features: shape {x.shape}, the trees know {len(self.names)} features; use the same blocks"
             )
         return x
+
+
+def _finite(found: Floats, what: str) -> Floats:
+    if not np.isfinite(found).all():
+        row = int(np.argwhere(~np.isfinite(found))[0][0])
+        raise DataError(
+            f"tabular: the trees' {what} of row {row} are NaN or infinite; restore their files, or train again"
+        )
+    return found
 
 
 def draw(y: NDArray[np.int8], negatives: float, rng: np.random.Generator) -> tuple[NDArray[np.int64], float]:

@@ -19,7 +19,7 @@ from lesionflow.errors import DataError
 from lesionflow.evaluation.metrics import fold_rank, pauc
 from lesionflow.models import stack as module
 from lesionflow.models.stack import METHODS, MODES, Joined, Stacked, choose, fit_stack, save_stack
-from lesionflow.models.ways import LEAST_SLOPE, Line, Reference, fit_line
+from lesionflow.models.ways import LEAST_SLOPE, MOST_SLOPE, Line, Reference, fit_line
 from lesionflow.recipe import Stack, Tabular
 
 FEW = Tabular(lightgbm=1, rounds=12, columns=1.0, min_leaf=5)
@@ -407,6 +407,8 @@ def test_few_with_company_share_their_way_with_all() -> None:
     (lambda top: top["names"].update(visit=["a", "b", "c"]), "features"),
     (lambda top: top.update(modes=["image", "image_visit"]), "modes: expected image, record, visit"),
     (lambda top: top.update(blocks="plain"), "blocks: expected a list of texts"),
+    (lambda top: top.update(blocks=["plain", "magic"]), "blocks: no block 'magic' of features; there are plain"),
+    (lambda top: top.update(blocks=[]), "blocks: none of plain"),
     (lambda top: top.update(choices=[]), "choices: expected an object"),
     (lambda top: top.update(pipelines=[]), "pipelines: expected 1 to 100"),
     (lambda top: top["pipelines"].append(7), r"pipelines\[3\]: expected an object"),
@@ -422,6 +424,7 @@ def test_few_with_company_share_their_way_with_all() -> None:
     (lambda top: way(top).update(line=None), r"line: expected an object"),
     (lambda top: way(top)["line"].update(slopes=[1.0]), r"line.slopes: expected 2 numbers"),
     (lambda top: way(top)["line"].update(slopes=[1.0, -1.0]), "none under 0"),
+    (lambda top: way(top)["line"].update(slopes=[1.0, 1.1e6]), "none under 0 or over 1,000,000"),
     (lambda top: way(top)["line"].update(slopes=[1.0, "2"]), "line.slopes: expected a finite number"),
     (lambda top: way(top)["line"].update(intercept=True), "line.intercept: expected a finite number"),
     (lambda top: way(top)["line"].update(intercept=10**400), "line.intercept: expected a finite number"),
@@ -506,6 +509,26 @@ def test_a_line_never_turns_a_score_round() -> None:
     separated = fit_line([y.astype(float), np.zeros(2000)], y)
     assert 5 < separated.slopes[0] < 100 and separated.slopes[1] == 0
     assert Line((1.0,), 0.0)(good).tolist() == good.tolist()
+
+
+@pytest.mark.parametrize("level", [0.0, -3.7, 1e6])
+def test_rounding_is_not_learned_from(level: float) -> None:
+    """Scores that differ in their last digits only tell nothing, even where those digits happen to agree with y."""
+    rng = np.random.default_rng(0)
+    y = (rng.random(2000) < 0.2).astype(np.int8)
+    good, equal = rng.normal(size=2000) + y, level + 1e-12 * max(abs(level), 1) * y
+    assert len(np.unique(equal)) == 2
+    both, alone = fit_line([good, equal], y), fit_line([equal], y)
+    assert both.slopes == (fit_line([good], y).slopes[0], 0)
+    assert alone.slopes == (LEAST_SLOPE,)
+    assert alone(equal) == pytest.approx(np.log(y.mean() / (1 - y.mean())), abs=1e-9)
+    # Little spread that isn't rounding is a score like any other, and what is fitted can be read again.
+    small = fit_line([1e-4 * good], y)
+    assert small.slopes[0] == pytest.approx(1e4 * fit_line([good], y).slopes[0])
+    least = fit_line([1e-8 * good], y)
+    assert least.slopes == (MOST_SLOPE,)
+    for line in (both, alone, small, least):
+        assert Line.from_dict(line.to_dict(), "line", len(line.slopes)) == line
 
 
 def test_ranks_are_shares_of_the_reference() -> None:

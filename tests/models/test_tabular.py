@@ -147,6 +147,44 @@ def test_a_draw_has_all_malignant_lesions_and_says_what_it_left_out() -> None:
         assert len(rows) == 100 and shift == 0
 
 
+def test_what_is_not_finite_is_refused(fitted: tuple[Boosted, Matrix, np.ndarray]) -> None:
+    trees, matrix, _ = fitted
+
+    class Odd:
+        text, names = b"", matrix.names
+
+        def margins(self, values: np.ndarray) -> np.ndarray:
+            return np.where(np.arange(len(values)) == 2, np.inf, 0.0)
+
+        def contributions(self, values: np.ndarray) -> np.ndarray:
+            return np.full((len(values), 5), np.nan)
+
+        def gains(self) -> np.ndarray:
+            return np.zeros(4)
+
+    odd = Boosted(matrix.names, [*trees.members, ("lightgbm", Odd())])
+    with pytest.raises(DataError, match="log-odds of row 2 are NaN or infinite"):
+        odd.logits(matrix.values)
+    with pytest.raises(DataError, match="contributions of row 0 are NaN"):
+        odd.contributions(matrix.values)
+    assert np.isfinite(odd.logits(matrix.values[:2])).all()
+
+
+def test_rows_are_copied_only_where_some_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, y = lesions(200)
+    shared = []
+    fit = boosters.LightGBM.fit
+
+    def spy(x: np.ndarray, *args: object, **kwargs: object) -> boosters.LightGBM:
+        shared.append((np.shares_memory(x, matrix.values), len(x)))
+        return fit(x, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(boosters.LightGBM, "fit", spy)
+    for negatives in (0.0, 1e5, 1.0):
+        Boosted.fit(matrix, y, only("lightgbm", negatives=negatives), seed=0)
+    assert shared == [(True, 200), (True, 200), (False, 2 * int(y.sum()))]
+
+
 def test_too_few_lesions_for_a_split_give_the_prevalence() -> None:
     matrix, y = lesions(40)
     y[:] = 0

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lesionflow import recipe
+from lesionflow.data.features import BLOCKS
 from lesionflow.errors import DataError
 from lesionflow.models.tabular import Boosted
 from lesionflow.models.ways import (
@@ -189,6 +190,11 @@ class Joined:
 
         top = an_object(parsed(bytes_of(INDEX)), INDEX)
         names, modes = _layout(top)
+        blocks = texts(top.get("blocks"), "blocks")
+        if odd := [block for block in blocks if block not in BLOCKS]:
+            raise damaged("blocks", f"no block {odd[0]!r} of features; there are {', '.join(BLOCKS)}")
+        if not blocks:
+            raise damaged("blocks", f"none of {', '.join(BLOCKS)}")
         entries = top.get("pipelines")
         if not isinstance(entries, list) or not 1 <= len(entries) <= _MOST_FOLDS:
             raise damaged("pipelines", f"expected 1 to {_MOST_FOLDS} of them")
@@ -203,7 +209,7 @@ class Joined:
             found = {m: _way(bytes_of, ways[m], f"{where}.ways.{m}", names[JOINED[m]]) for m in JOINED if m in ways}
             pipelines.append(Pipeline(k, own["record"], own.get("visit"), found))
         choices = an_object(top.get("choices"), "choices")
-        return cls(tuple(pipelines), texts(top.get("blocks"), "blocks"), modes, choices)
+        return cls(tuple(pipelines), blocks, modes, choices)
 
 
 def check_names(found: Sequence[str], expected: Sequence[str], what: str) -> None:

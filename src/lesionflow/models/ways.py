@@ -27,6 +27,10 @@ RIDGE = 0.1
 """Penalty on half the squared slope, per standard deviation of the input: it only keeps separated classes finite."""
 LEAST_SLOPE = 1e-6
 """Per standard deviation, where an input ranks the wrong way: its order is kept, and it says nothing."""
+MOST_SLOPE = 1e6
+"""Per unit of log-odds: beyond it, what is weighed is rounding."""
+_NOISE = 1e-9
+"""A spread under this, beside the largest score (or 1), is rounding: the scores are all equal."""
 _KNOTS = 1001
 _STEPS = 100
 _TOLERANCE = 1e-10
@@ -53,8 +57,8 @@ class Line:
     def from_dict(cls, value: Any, where: str, inputs: int) -> Line:
         entry = an_object(value, where)
         slopes = numbers(entry.get("slopes"), f"{where}.slopes")
-        if len(slopes) != inputs or min(slopes) < 0:
-            raise damaged(f"{where}.slopes", f"expected {inputs} numbers, none under 0")
+        if len(slopes) != inputs or min(slopes) < 0 or max(slopes) > MOST_SLOPE:
+            raise damaged(f"{where}.slopes", f"expected {inputs} numbers, none under 0 or over {MOST_SLOPE:,.0f}")
         return cls(tuple(slopes), number(entry.get("intercept"), f"{where}.intercept"))
 
 
@@ -158,13 +162,14 @@ class Trees:
 def fit_line(columns: Sequence[Floats], y: NDArray[np.int8]) -> Line:
     """The logistic regression of y [n] on d columns [n], by Newton's method, with a small ridge on the slopes.
 
-    A column whose slope would be under 0 is left out (slope 0), so that no score is ever turned round. If none is
-    left, the first keeps a slope that is all but 0.
+    A column whose slope would be under 0 is left out (slope 0), so that no score is ever turned round; so is one
+    whose scores are all equal but for rounding. If none is left, the first keeps a slope that is all but 0.
     """
     means = [float(c.mean()) for c in columns]
-    spreads = [float(c.std()) or 1.0 for c in columns]
+    spreads = [float(c.std()) for c in columns]
+    active = [i for i, c in enumerate(columns) if spreads[i] > _NOISE * max(1.0, float(np.abs(c).max()))]
+    spreads = [spread if i in active else 1.0 for i, spread in enumerate(spreads)]
     scaled = [(c - m) / s for c, m, s in zip(columns, means, spreads, strict=True)]
-    active = list(range(len(columns)))
     while True:
         found = _newton([scaled[i] for i in active], y)
         if len(active) == 0 or (found[1:] >= 0).all():
@@ -174,7 +179,7 @@ def fit_line(columns: Sequence[Floats], y: NDArray[np.int8]) -> Line:
     slopes[active] = found[1:]
     if not slopes.any():
         slopes[0] = LEAST_SLOPE
-    slopes /= spreads
+    slopes = np.minimum(slopes / spreads, MOST_SLOPE)
     intercept = float(found[0]) - sum(s * m for s, m in zip(slopes.tolist(), means, strict=True))
     return Line(tuple(slopes.tolist()), intercept)
 

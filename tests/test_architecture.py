@@ -16,15 +16,15 @@ LEVELS = (
     ("errors", "keys", "fields", "recipe", "options", "progress", "graphfile", "wheel", "__init__"),
     ("data",),
     ("bundle",),
-    ("models", "evaluation", "serving"),
+    ("models", "evaluation", "serving", "client"),
     ("training", "export", "reporting"),
     ("plan", "gather", "pack", "present", "steps"),
     ("cluster",),
     ("cli", "__main__"),
 )
 TORCH_FREE = (
-    "bundle", "graphfile", "data.schema", "data.images", "data.external",
-    "serving.predictor", "serving.app", "serving.client", "serving.submission", "serving.notebook",
+    "bundle", "client", "graphfile", "data.schema", "data.images", "data.external",
+    "serving.predictor", "serving.app", "serving.submission", "serving.notebook",
 )  # fmt: skip
 
 

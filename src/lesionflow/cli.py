@@ -490,8 +490,8 @@ def ask(
 
     Example: lesionflow ask http://127.0.0.1:8080 crops/
     """
+    from lesionflow.client import ask as ask_service
     from lesionflow.progress import print_answers
-    from lesionflow.serving.client import ask as ask_service
 
     if (deployed := Path(url) / "deploy.json").exists():
         url = json.loads(deployed.read_text())["url"]

@@ -220,7 +220,7 @@ def smoke(run: Path, url: str | None = None) -> dict[str, Any]:
     Writes `smoke.json`. Raises `GateRefused` if an answer is off, `ClusterError` if none comes.
     """
     from lesionflow.bundle import Bundle
-    from lesionflow.serving.client import ask
+    from lesionflow.client import ask
     from lesionflow.serving.predictor import SMOKE_TOLERANCE
 
     url = url or keys.read_json(run / "deploy.json")["url"]

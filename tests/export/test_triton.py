@@ -322,7 +322,7 @@ def check_config(config: dict, bundle: Bundle) -> None:
 
 def transformer_difference(bundle: Path, http: str, images: list[bytes], alone: Predictor, scratch: Path) -> float:
     """Start `lesionflow serve` before Triton with the arguments KServe gives, and compare its answers."""
-    from lesionflow.serving.client import ask
+    from lesionflow.client import ask
 
     crops = scratch / "crops"
     crops.mkdir()

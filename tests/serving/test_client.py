@@ -10,8 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
+from lesionflow import client
 from lesionflow.errors import ClusterError, DataError, UsageError
-from lesionflow.serving import client
 from lesionflow.serving.predictor import Predictor
 
 
@@ -89,7 +89,7 @@ def test_an_unknown_model_says_which_there_is(service, crops):
 
 def test_the_client_needs_the_standard_library_only():
     code = (
-        "import sys; before = set(sys.modules); import lesionflow.serving.client;"
+        "import sys; before = set(sys.modules); import lesionflow.client;"
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

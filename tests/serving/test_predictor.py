@@ -182,7 +182,7 @@ def test_predicting_and_serving_load_no_torch(bundle_dir, data, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-import lesionflow.serving.app, lesionflow.serving.client, lesionflow.serving.endpoints
+import lesionflow.serving.app, lesionflow.client, lesionflow.serving.endpoints
 from lesionflow.serving.predictor import predict_files
 lesionflow.serving.app.create_app(Path({str(bundle_dir)!r}))
 predict_files(Path({str(bundle_dir)!r}), Path({str(data)!r}), out=Path({str(tmp_path / "s.csv")!r}))

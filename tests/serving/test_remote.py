@@ -23,11 +23,11 @@ import numpy as np
 import pytest
 
 from lesionflow.bundle import Bundle, write_manifest
+from lesionflow.client import ask
 from lesionflow.data.images import PreprocessSpec, to_batch
 from lesionflow.errors import DataError, UsageError
 from lesionflow.serving import endpoints, remote
 from lesionflow.serving.app import create_app, serve
-from lesionflow.serving.client import ask
 from lesionflow.serving.predictor import Predictor
 from lesionflow.serving.remote import PredictorError, Remote
 

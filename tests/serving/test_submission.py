@@ -99,7 +99,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no rows": (lambda d: table(d / SAMPLE, []), r"sample_submission.csv: has no rows"),
     "no metadata": (
         lambda d: (d / "test-metadata.csv").unlink(),
-        r"no test-metadata.csv; a submission is made of both",
+        r"no test-metadata.csv; a submission is made of that",
     ),
     "no images": (lambda d: shutil.rmtree(d / "test-image"), r"no test-image.hdf5 \(or a folder test-image/\)"),
     "no folder": (shutil.rmtree, r"no such folder; point to the competition's files"),
@@ -107,11 +107,13 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_does_not_fit_is_refused_before_anything_is_scored(fault: str, data: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_before_anything_is_scored(
+    fault: str, bundle_dir: Path, data: Path, tmp_path: Path
+) -> None:
     spoil, message = FAULTS[fault]
     spoil(data)
     with pytest.raises(DataError, match=message):
-        submit(tmp_path / "no bundle is looked for", data, tmp_path / "out.csv", progress=False)
+        submit(bundle_dir, data, tmp_path / "out.csv", progress=False)
     assert not (tmp_path / "out.csv").exists()
 
 

@@ -16,6 +16,7 @@ from lesionflow.data.store import Store
 from lesionflow.errors import DataError, GateRefused, UsageError
 from lesionflow.recipe import Recipe
 from lesionflow.serving.predictor import CANNOT_JUDGE, Predictor, predict_files
+from lesionflow.serving.submission import submit
 from lesionflow.serving.visit import NO_PICTURE, Visits
 
 
@@ -238,6 +239,8 @@ def test_metadata_alone_is_a_run(synthetic: Path, tmp_path: Path, encode) -> Non
     assert not (bundle / "image.onnx").exists()
     done = predict_files(bundle, data, out=tmp_path / "s.csv", progress=False)
     assert done["scored"] == done["rows"] and set(done["modes"]) <= {"visit", "record"}
+    asked = submit(bundle, data, tmp_path / "submission.csv", progress=False)
+    assert asked["scored"] == done["rows"] and (tmp_path / "submission.csv").exists()
     # Here the metadata alone was vouched for, so it names bands; a lesion with next to no metadata is scored too.
     visits, table = Visits(Predictor(bundle)), Store.open(tmp_path / "run" / "store").table
     thresholds = {"refer": {"logit": -1.0}, "low": {"logit": -2.0}}

@@ -37,8 +37,8 @@ def submit(
     """Score the test files in `data` and write `isic_id,target`, one row per id of the sample and in its order.
 
     `data` holds `test-image.hdf5` (or a folder `test-image/`) and `test-metadata.csv`; `sample_submission.csv` where
-    there is one says which ids are wanted, else the metadata does. `out` is the file, or a folder that gets
-    `submission.csv`; it appears once it is complete and checked. With `skip_corrupt` an unusable image is listed,
+    there is one says which ids are wanted, else the metadata does. A bundle that knows metadata alone needs no images.
+    `out` is the file, or a folder that gets `submission.csv`; it appears once it is complete and checked. With `skip_corrupt` an unusable image is listed,
     and its lesion gets the score of its metadata, or the mean.
 
     Gives what `predict_files` gives, and `sample`: how many ids it asked for (None without one). Raises `DataError`
@@ -46,13 +46,12 @@ def submit(
     """
     data, out = Path(data), Path(out)
     out = out if out.suffix == ".csv" else out / "submission.csv"
-    wanted = _wanted(data)
+    predictor = bundle if isinstance(bundle, Predictor) else Predictor(bundle, threads)
+    wanted = _wanted(data, predictor.bundle.pictures)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         unordered = Path(scratch) / "submission.csv"
-        result = predict_files(
-            bundle, data, out=unordered, threads=threads, progress=progress, skip_corrupt=skip_corrupt
-        )
+        result = predict_files(predictor, data, out=unordered, progress=progress, skip_corrupt=skip_corrupt)
         order = _ids(unordered) if wanted is None else wanted
         # Lines are moved as they stand, so that no digit of a score is lost.
         lines = {line.partition(",")[0]: line for line in unordered.read_text().splitlines()[1:]}
@@ -88,19 +87,16 @@ def check_submission(submission: Path, sample: Path | None = None) -> int:
     return len(rows)
 
 
-def _wanted(data: Path) -> list[str] | None:
+def _wanted(data: Path, pictures: bool) -> list[str] | None:
     """The sample's ids, if there is one, after checking that the test files can answer for each of them."""
     if not data.is_dir():
         raise DataError(f"{data}: no such folder; point to the competition's files (`lesionflow data fetch` gets them)")
     images, metadata = find_parts(data, "test")
-    if images is None or metadata is None:
-        absent = [
-            name
-            for name, found in (("test-image.hdf5 (or a folder test-image/)", images), ("test-metadata.csv", metadata))
-            if found is None
-        ]
+    absent = ["test-image.hdf5 (or a folder test-image/)"] if pictures and images is None else []
+    absent += ["test-metadata.csv"] if metadata is None else []
+    if absent:
         raise DataError(
-            f"{data}: no {' and no '.join(absent)}; a submission is made of both, `lesionflow data fetch` gets them"
+            f"{data}: no {' and no '.join(absent)}; a submission is made of that, `lesionflow data fetch` gets it"
         )
     if not (data / SAMPLE).is_file():
         return None

@@ -55,4 +55,4 @@ clean:  ## remove what the tasks made (not .venv)
 	rm -rf $(DEMO) build .pytest_cache .mypy_cache .ruff_cache
 
 lock:  ## pin what .venv holds (CUDA's packages follow torch's own pins)
-	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(nvidia-|cuda-|triton|pip|setuptools)' > requirements.txt
+	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(nvidia-|cuda-|triton=|pip=|setuptools)' > requirements.txt

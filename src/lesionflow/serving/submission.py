@@ -38,8 +38,8 @@ def submit(
 
     `data` holds `test-image.hdf5` (or a folder `test-image/`) and `test-metadata.csv`; `sample_submission.csv` where
     there is one says which ids are wanted, else the metadata does. A bundle that knows metadata alone needs no images.
-    `out` is the file, or a folder that gets `submission.csv`; it appears once it is complete and checked. With `skip_corrupt` an unusable image is listed,
-    and its lesion gets the score of its metadata, or the mean.
+    `out` is the file, or a folder that gets `submission.csv`; it appears once it is complete and checked. With
+    `skip_corrupt` an unusable image is listed, and its lesion gets the score of its metadata, or the mean.
 
     Gives what `predict_files` gives, and `sample`: how many ids it asked for (None without one). Raises `DataError`
     for missing files, ids that differ (with counts and the first of them) and unusable images.

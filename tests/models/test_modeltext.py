@@ -169,6 +169,8 @@ XGBOOST = {
     "nodes": (lambda t: _tree(t)["tree_param"].update(num_nodes="99"), "tree_param"),
     "width": (lambda t: t["learner"]["learner_model_param"].update(num_feature="9"), "num_feature"),
     "base": (lambda t: t["learner"]["learner_model_param"].update(base_score="[nan]"), "base_score"),
+    "weight": (lambda t: _put(_tree(t)["sum_hessian"], 0, 0.0), "sum_hessian: a node weighs nothing"),
+    "heavy": (lambda t: _put(_tree(t)["sum_hessian"], 1, 1e9), "or more than its parent"),
     "dart": (lambda t: t["learner"]["gradient_booster"].update(name="dart"), "binary model of trees"),
     "trees": (lambda t: t["learner"]["gradient_booster"]["model"]["trees"].pop(), "num_trees"),
     "names": (lambda t: _put(t["learner"]["feature_names"], 1, "other"), "none that is 'other'"),
@@ -182,6 +184,7 @@ CATBOOST = {
     "depth": (lambda t: t["oblivious_trees"][0]["splits"].extend([{}] * 14), "splits: expected a list of"),
     "borders": (lambda t: t["features_info"]["float_features"][0]["borders"].reverse(), "ascending numbers"),
     "bias": (lambda t: t.update(scale_and_bias=[1, [float("inf")]]), "no JSON number"),
+    "scale": (lambda t: _put(t["scale_and_bias"], 0, 2), "a scale of 1"),
     "trees": (lambda t: t.pop("oblivious_trees"), "oblivious_trees: missing"),
     "names": (lambda t: t["features_info"]["float_features"][1].update(feature_id="other"), "none that is 'other'"),
 }  # fmt: skip
@@ -257,7 +260,10 @@ for number in range(rounds):
         assert np.isfinite(trees.logits(x)).all() and np.isfinite(trees.contributions(x)).all()
     except DataError as error:
         assert "NaN or infinite" in str(error), error
-    trees.importances()
+    try:
+        assert np.isfinite(list(trees.importances().values())).all()
+    except DataError as error:
+        assert "NaN or infinite" in str(error), error
 print(loaded, refused)
 """
 

@@ -160,13 +160,15 @@ def test_what_is_not_finite_is_refused(fitted: tuple[Boosted, Matrix, np.ndarray
             return np.full((len(values), 5), np.nan)
 
         def gains(self) -> np.ndarray:
-            return np.zeros(4)
+            return np.array([1.0, np.inf, 0.0, 0.0])
 
     odd = Boosted(matrix.names, [*trees.members, ("lightgbm", Odd())])
-    with pytest.raises(DataError, match="log-odds of row 2 are NaN or infinite"):
+    with pytest.raises(DataError, match="log-odds of row 2 is NaN or infinite"):
         odd.logits(matrix.values)
-    with pytest.raises(DataError, match="contributions of row 0 are NaN"):
+    with pytest.raises(DataError, match="contributions to row 0 is NaN"):
         odd.contributions(matrix.values)
+    with pytest.raises(DataError, match="gain of feature 1 is NaN"):
+        odd.importances()
     assert np.isfinite(odd.logits(matrix.values[:2])).all()
 
 

@@ -33,6 +33,8 @@ MOST_BORDERS = 254
 """Of one of CatBoost's features: it writes no more than this."""
 _SINGLE = 3.4028235e38
 """Largest number in single precision."""
+_LEAST_WEIGHT = 1e-12
+"""Of one of XGBoost's nodes: `min_leaf` keeps trained ones far above."""
 
 _END = b"end of trees\n"
 _HEADER = re.compile(
@@ -150,10 +152,12 @@ def catboost(text: bytes) -> Checked:
         )  # fmt: skip
     trees = _list(_get(top, "oblivious_trees"), "oblivious_trees", most=MOST_TREES)
     scale, bias = _list(_get(top, "scale_and_bias"), "scale_and_bias", count=2)
+    if scale != 1:
+        raise ValueError("scale_and_bias: expected a scale of 1")
     anew = {
         "features_info": {"float_features": kept},
         "oblivious_trees": [_catboost_tree(tree, f"oblivious_trees[{i}]", borders) for i, tree in enumerate(trees)],
-        "scale_and_bias": [*_floats([scale], "scale"), _floats(bias, "bias", count=1)],
+        "scale_and_bias": [1, _floats(bias, "bias", count=1)],
     }
     return Checked(json.dumps(anew), tuple(names))
 
@@ -246,6 +250,10 @@ def _xgboost_tree(tree: Any, index: int, width: int) -> dict[str, Any]:
         key: _floats(_get(tree, key), f"{where}.{key}", count=count, limit=_SINGLE)
         for key in ("base_weights", "loss_changes", "split_conditions", "sum_hessian")
     }
+    # Contributions divide by it.
+    weights = numbers["sum_hessian"]
+    if min(weights) < _LEAST_WEIGHT or any(weights[i] > 1.01 * weights[parents[i]] for i in range(1, count)):
+        raise ValueError(f"{where}.sum_hessian: a node weighs nothing, or more than its parent")
     return {
         "categories": [], "categories_nodes": [], "categories_segments": [], "categories_sizes": [],
         "default_left": _ints(_get(tree, "default_left"), f"{where}.default_left", 0, 2, count),

@@ -82,7 +82,7 @@ class Boosted:
         total = np.zeros(len(x))
         for _, model in self.members:
             total += model.margins(x)
-        return _finite(total / len(self.members), "log-odds")
+        return _finite(total / len(self.members), "log-odds of row")
 
     def contributions(self, values: Floats) -> Floats:
         """What each feature adds to each lesion's log-odds, and last the base: float64 [B, F + 1].
@@ -95,7 +95,7 @@ class Boosted:
         if len(x):
             for _, model in self.members:
                 total += model.contributions(x)
-        return _finite(total / len(self.members), "contributions")
+        return _finite(total / len(self.members), "contributions to row")
 
     def importances(self) -> dict[str, float]:
         """Each feature's share of what all splits gained, the mean over the members; it sums to 1.
@@ -104,7 +104,7 @@ class Boosted:
         """
         shares = []
         for _, model in self.members:
-            gains = model.gains()
+            gains = _finite(model.gains(), "gain of feature")
             if gains.sum() > 0:
                 shares.append(gains / gains.sum())
         mean = np.mean(shares, axis=0) if shares else np.zeros(len(self.names))
@@ -145,9 +145,7 @@ class Boosted:
 def _finite(found: Floats, what: str) -> Floats:
     if not np.isfinite(found).all():
         row = int(np.argwhere(~np.isfinite(found))[0][0])
-        raise DataError(
-            f"tabular: the trees' {what} of row {row} are NaN or infinite; restore their files, or train again"
-        )
+        raise DataError(f"tabular: the trees' {what} {row} is NaN or infinite; restore their files, or train again")
     return found
 
 

@@ -69,6 +69,17 @@ def test_checked_text_scores_as_the_whole_to_the_last_bit(kind: str, texts: dict
         assert np.array_equal(ours, theirs)
 
 
+def test_a_tree_that_never_split_may_weigh_nothing() -> None:
+    """As where nothing is left to learn: p (1 - p) ends at 0."""
+    x, y = lesions()
+    blank = np.full_like(x, np.nan)
+    top = json.loads(KINDS["xgboost"].fit(blank, y, NAMES, OPTIONS, seed=0, shift=0.0).text)
+    assert len(_tree(top)["sum_hessian"]) == 1
+    _tree(top)["sum_hessian"] = [0.0]
+    model = read("xgboost", json.dumps(top).encode(), FILES["xgboost"], NAMES)
+    assert np.isfinite(model.margins(x)).all() and np.isfinite(model.contributions(x)).all()
+
+
 def test_bounds_are_those_of_the_recipe() -> None:
     """What can be trained can be read."""
     fields = {field.name: field for field in dataclasses.fields(Tabular)}

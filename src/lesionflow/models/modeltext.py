@@ -250,9 +250,10 @@ def _xgboost_tree(tree: Any, index: int, width: int) -> dict[str, Any]:
         key: _floats(_get(tree, key), f"{where}.{key}", count=count, limit=_SINGLE)
         for key in ("base_weights", "loss_changes", "split_conditions", "sum_hessian")
     }
-    # Contributions divide by it.
+    # Contributions divide by it; not those of a tree that never split, whose weight may vanish.
     weights = numbers["sum_hessian"]
-    if min(weights) < _LEAST_WEIGHT or any(weights[i] > 1.01 * weights[parents[i]] for i in range(1, count)):
+    light = min(weights) < (_LEAST_WEIGHT if count > 1 else 0)
+    if light or any(weights[i] > 1.01 * weights[parents[i]] for i in range(1, count)):
         raise ValueError(f"{where}.sum_hessian: a node weighs nothing, or more than its parent")
     return {
         "categories": [], "categories_nodes": [], "categories_segments": [], "categories_sizes": [],

@@ -16,7 +16,7 @@ import typer
 
 from lesionflow import __version__
 from lesionflow.cluster.commands import cluster_app, pipeline_app
-from lesionflow.errors import DataError, LesionflowError, UsageError, explain_missing
+from lesionflow.errors import DataError, GateRefused, LesionflowError, UsageError, explain_missing
 from lesionflow.options import (
     BundleArgument,
     DataOption,
@@ -250,6 +250,36 @@ def predict(
     typer.echo(f"{result['out']}: {result['rows']:,} rows ({used}), {result['images_per_second']:,} images/s")
     for skipped in result["skipped"]:
         typer.echo(f"left out {skipped['isic_id']}: {skipped['reason']}", err=True)
+
+
+@app.command()
+def drift(
+    bundle: BundleArgument,
+    data: Annotated[
+        Path, typer.Argument(help="Data set directory, folder, HDF5 file, or metadata CSV.", metavar="DATA")
+    ],
+    metadata: Annotated[Path | None, typer.Option(help="CSV of the lesions, where DATA holds pictures alone.")] = None,
+    part: Annotated[str | None, typer.Option(help="Of a data set directory: train or test; by default, test.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the whole report here (JSON).")] = None,
+    alpha: Annotated[float, typer.Option(help="How often a report may be wrong to name anything.")] = 0.05,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 4 if anything has shifted.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Say whether lesions, and their scores, are still like those that the bundle was judged on.
+
+    In all, and for each institution (`attribution`). No targets are needed; patients are what is counted.
+
+    Example: lesionflow drift runs/first/bundle data/march --out drift.json
+    """
+    from rich.console import Console
+
+    from lesionflow.serving.driftreport import drift_files, render
+
+    report = drift_files(bundle, data, metadata=metadata, part=part, out=out, alpha=alpha, progress=not quiet)
+    print_json(report) if as_json else Console().print(render(report))
+    if strict and report["shifted"]:
+        raise GateRefused(f"{data}: {report['shifted']} of {report['tested']} tests have shifted")
 
 
 @app.command()

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lesionflow.evaluation.quantiles import beta_cdf
-from lesionflow.serving.driftfigures import NUMBER_TESTS, Doubles, Ints, Tests, observed, populations, weighted
+from lesionflow.serving.driftfigures import NUMBER_TESTS, Codes, Doubles, Ints, Tests, observed, populations, weighted
 
 if TYPE_CHECKING:
     import polars as pl
@@ -92,7 +92,7 @@ class Sums:
         count = len(tests)
         self.clusters, self.w, self.wy, self.w2, self.w2y, self.w2y2, self.w4 = np.zeros((7, count))
 
-    def add(self, codes: Ints, owner: Ints, count: int) -> None:
+    def add(self, codes: Codes, owner: Ints, count: int) -> None:
         """Take `count` more patients in: their lesions' bins [F, N], and whose each is [N]."""
         for shares, lesions in self.tests.figures.shares(codes, owner, count):
             w, y = weighted(self.tests.rows, self.tests.scores, self.tests.alike, shares, lesions)
@@ -124,7 +124,7 @@ class Sums:
                     gap = _arcsine(value, weight[i]) - _arcsine(usual, tests.weight[i])
                 held = max(tests.patients - 1, 1)
                 df = (ours + theirs) ** 2 / (ours**2 / (freedom[i] or held) + theirs**2 / held)
-                p = student_p(gap / math.sqrt(ours + theirs), df)
+                p = student_p(float(gap / math.sqrt(ours + theirs)), float(df))
             result.append(Shift(figure, test, usual, value, k, float(weight[i]), p, institution=institution))
         return result
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Codes = NDArray[np.int8]
 
 NUMBER_TESTS = ("level", "spread")
 OTHER = "other"
@@ -97,9 +98,9 @@ class Figures:
             return len(self.edges[name]) + 1
         return len(self.values[name]) + 1 if name in self.values else 2
 
-    def codes(self, seen: Observed, count: int) -> Ints:
-        """The bin of each figure of each lesion, int64 [F, N]; -1 where it is unknown."""
-        found = np.full((len(self.names), count), -1, np.int64)
+    def codes(self, seen: Observed, count: int) -> Codes:
+        """The bin of each figure of each lesion, int8 [F, N]; -1 where it is unknown."""
+        found = np.full((len(self.names), count), -1, np.int8)
         for row, name in enumerate(self.names):
             if name in self.edges:
                 if (x := seen.numbers.get(name)) is not None:
@@ -116,23 +117,26 @@ class Figures:
                     found[row] = [cell is None for cell in cells]
         return found
 
-    def shares(self, codes: Ints, owner: Ints, count: int) -> Iterator[tuple[Doubles, Doubles]]:
+    def shares(self, codes: Codes, owner: Ints, count: int) -> Iterator[tuple[Doubles, Doubles]]:
         """Of `count` patients, some at a time: the shares of their lesions by bin [G, F, B], and their lesions [G, F].
 
         codes [F, N]; owner [N] in 0..count-1. Shares are 0 where a patient has no such figure.
         """
         bins, figures = self.bins, len(self.names)
-        step = max(1, _CELLS // max(1, figures * bins))
         order = np.argsort(owner, kind="stable")
-        ranked = owner[order]
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            rows = order[np.searchsorted(ranked, start) : np.searchsorted(ranked, stop)]
+        ends = np.cumsum(np.bincount(owner, minlength=count))
+        start, step = 0, max(1, _CELLS // max(1, figures * bins))
+        while start < count:
+            first = int(ends[start - 1]) if start else 0
+            enough = int(np.searchsorted(ends, first + _CELLS // max(1, figures), side="right"))
+            stop = min(start + step, count, max(enough, start + 1))
+            rows = order[first : ends[stop - 1]]
             place = ((owner[rows] - start) * figures + np.arange(figures)[:, None]) * bins + codes[:, rows]
             cells = np.bincount(place[codes[:, rows] >= 0], minlength=(stop - start) * figures * bins)
             held = cells.reshape(stop - start, figures, bins).astype(np.float64)
             lesions = held.sum(2)
             yield held / np.maximum(lesions, 1)[:, :, None], lesions
+            start = stop
 
 
 class Tests:

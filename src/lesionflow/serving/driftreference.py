@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from lesionflow.bundle import band
 from lesionflow.serving.driftfigures import (
     CATEGORIES,
+    Codes,
     Doubles,
     Figures,
     Ints,
@@ -213,7 +214,7 @@ def _describe(seen: Observed) -> dict[str, Any]:
     return found
 
 
-def _population(figures: Figures, codes: Ints, owner: Ints, count: int) -> dict[str, Any]:
+def _population(figures: Figures, codes: Codes, owner: Ints, count: int) -> dict[str, Any]:
     """Shares and tests of these lesions: codes [F, N] of `count` patients, owner [N]."""
     parts = list(figures.shares(codes, owner, count))
     shares, lesions = (np.concatenate([part[i] for part in parts]) for i in (0, 1))

@@ -13,6 +13,7 @@ from lesionflow.plan import data_of, recipe_of
 if TYPE_CHECKING:
     import polars as pl
 
+    from lesionflow.data.images import PreprocessSpec
     from lesionflow.data.store import Store
     from lesionflow.serving.predictor import Predictor
 
@@ -72,6 +73,7 @@ def pack(run: Path) -> None:
         info["visit"] = _visit(metrics)
         files = {f"{FOLDER}/{path.name}": path.read_bytes() for path in sorted((run / "stack").iterdir())}
         more = {"files": files, "visit": described, "check": lambda predictor: _as_evaluated(run, store, predictor)}
+    info["drift"] = _drift(run, store, spec, info)
     export_bundle(
         models,
         run / "bundle",
@@ -153,6 +155,28 @@ def _as_evaluated(run: Path, store: Store, predictor: Predictor) -> dict[str, fl
             f"{VISIT_TOLERANCE:g} are allowed: nothing was exported; evaluate again on this machine"
         )
     return {"visit_max_abs": worst, "visit_95_percent": usual, "visit_count": len(rows)}
+
+
+def _drift(run: Path, store: Store, spec: PreprocessSpec, info: dict[str, Any]) -> dict[str, Any]:
+    """What the hold-out looks like, so that lesions in service can be held against it."""
+    import numpy as np
+    import polars as pl
+
+    from lesionflow.data.images import to_pixels
+    from lesionflow.serving import driftreference
+    from lesionflow.serving.inputs import statistics
+
+    if not (run / "holdout.parquet").exists():
+        return driftreference.nothing("the run set no hold-out aside; train with folds.holdout = 0.2")
+    table = pl.read_parquet(run / "holdout.parquet")
+    table = table[driftreference.draw_patients(table["patient_group"].to_list())]
+    place = {name: row for row, name in enumerate(store.ids)}
+    rows = [place[name] for name in table["isic_id"]]
+    stats = None
+    if store.pictures:
+        found = [statistics(to_pixels(store.jpeg(row), spec)[None]) for row in rows]
+        stats = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+    return driftreference.of_holdout(table, store.table[rows], stats, info)
 
 
 def _unknown(size: int) -> dict[str, Any]:

@@ -77,10 +77,11 @@ class Shift:
         if self.value is None:
             return "not seen"
         if self.test == "level":
-            way = "higher" if self.value > self.usual else "lower"
-            return f"{way}: above the usual in {self.value:.0%} of cases"
+            if self.value > self.usual:
+                return f"higher, above the usual lesion in {self.value:.0%} of cases"
+            return f"lower, below the usual lesion in {1 - self.value:.0%} of cases"
         if self.test == "spread":
-            return "further from the usual, on both sides" if self.value > self.usual else "closer to the usual"
+            return f"{'more' if self.value > self.usual else 'less'} often far from the usual"
         return f"{self.test}: {self.value:.1%} of lesions, {self.usual:.1%} were usual"
 
 

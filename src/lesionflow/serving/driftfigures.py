@@ -183,6 +183,8 @@ def test_scores(figures: Figures, name: str, shares: Doubles) -> dict[str, Doubl
         level[: len(shares)], spread[: len(shares)] = place, (2 * place - 1) ** 2
         return {"level": level, "spread": spread}
     of = [*figures.values[name], OTHER] if name in figures.values else ["", "missing"]
+    if len(of) == 3:
+        of[1] = ""  # Of two categories one says it all.
     return {one: np.eye(figures.bins)[n] for n, one in enumerate(of) if one}
 
 

@@ -22,7 +22,6 @@ from lesionflow.bundle import NOTICE
 from lesionflow.data.images import Pixels, to_pixels
 from lesionflow.data.source import Source, find_parts, open_source
 from lesionflow.errors import DataError, UsageError
-from lesionflow.evaluation.grouping import describe
 from lesionflow.keys import write_json
 from lesionflow.progress import track
 from lesionflow.serving.drift import ALPHA, FEWEST_PATIENTS, Shift, Sums, adjusted
@@ -96,7 +95,7 @@ def drift_files(
     for name, sums, number in parts:
         mine = shifts[place : place + number]
         place += number
-        few = f"{sums.patients} patients: under {FEWEST_PATIENTS} nothing is tested"
+        few = f"{_patients(sums.patients)}: under {FEWEST_PATIENTS} nothing is tested"
         institutions.append({
             "institution": name or None,
             "against": OWN if name in tests and name else WHOLE,
@@ -114,7 +113,8 @@ def drift_files(
         "bundle": predictor.bundle.version,
         "data": str(data),
         "lesions": count,
-        "groups": describe(_known_patients(looked), looked.known, count - looked.known).to_dict(),
+        "patients": _known_patients(looked),
+        "lesions_without_patient": count - looked.known,
         "unusable": {"count": len(looked.unusable), "first": dict(list(looked.unusable.items())[:_SHOWN])},
         "reference": {"lesions": whole["lesions"], "patients": whole["patients"]},
         "alpha": alpha,
@@ -176,7 +176,14 @@ def render(report: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    lines = [Text(f"{report['lesions']:,} lesions. {report['groups']['note']}")]
+    lines = [Text(f"{report['lesions']:,} lesions of {report['patients']:,} known patients.")]
+    if loose := report["lesions_without_patient"]:
+        lines.append(
+            Text(
+                f"The patient of {loose:,} is unknown. Each of these counts as a patient of its own: if many are one "
+                "patient's, more is named than should be."
+            )
+        )
     if report["unusable"]["count"]:
         lines.append(Text(f"{report['unusable']['count']:,} pictures can't be used and were left out."))
     for one in report["institutions"]:
@@ -185,15 +192,31 @@ def render(report: dict[str, Any]) -> Any:
         said = one["reason"] or f"nothing has shifted in {one['tested']} tests"
         if shifted:
             said = f"{len(shifted)} of {one['tested']} tests have shifted"
-        head = f"\n{name}: {one['lesions']:,} lesions of {one['patients']:,} patients against {one['against']}"
+        head = f"\n{name}: {one['lesions']:,} lesions of {_patients(one['patients'])} against {one['against']}"
         lines.append(Text(f"{head} ({one['reference_patients']:,} patients): {said}.", "bold"))
-        lines += [Text(f"  {f['figure']}: {f['words']} (p = {f['adjusted']:.2g})") for f in shifted]
+        lines += [Text(f"  {line}") for line in _together(shifted)]
     lines.append(
         Text(
             f"\nOn lesions like the hold-out's such a report names anything in at most {report['alpha']:.0%} of cases."
         )
     )
     return Group(*lines)
+
+
+def _together(shifted: list[dict[str, Any]]) -> list[str]:
+    """A line for each, but one for all columns that are missing as often: forms are left empty as a whole."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for one in shifted:
+        key = (one["words"],) if one["test"] == "missing" else (one["words"], one["figure"])
+        found.setdefault(key, []).append(one)
+    lines = []
+    for (words, *_), them in found.items():
+        rest = f" and {len(them) - _SHOWN} more" if len(them) > _SHOWN else ""
+        names = ", ".join(
+            one["figure"].removeprefix("missing ") if n else one["figure"] for n, one in enumerate(them[:_SHOWN])
+        )
+        lines.append(f"{names}{rest}: {words} (p = {them[0]['adjusted']:.2g})")
+    return lines
 
 
 def _open(data: Path, metadata: Path | None, part: str | None) -> Source:
@@ -246,6 +269,10 @@ def _institutions(names: list[str | None], known: set[str]) -> list[str]:
 def _groups(table: pl.DataFrame) -> list[str]:
     pairs = zip(table["patient_id"].to_list(), table["isic_id"].to_list(), strict=True)
     return [patient or f"lesion {name}" for patient, name in pairs]
+
+
+def _patients(count: int) -> str:
+    return "1 patient" if count == 1 else f"{count:,} patients"
 
 
 def _known_patients(looked: Looked) -> int:

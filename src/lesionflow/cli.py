@@ -26,8 +26,10 @@ from lesionflow.options import (
     RunArgument,
     RunOption,
     SetOption,
+    TokenFileOption,
     load_recipe,
     print_json,
+    read_token,
 )
 
 app = typer.Typer(
@@ -512,23 +514,39 @@ def show(run: RunArgument) -> None:
 @app.command()
 def ask(
     url: Annotated[str, typer.Argument(help="Where the service is, e.g. http://127.0.0.1:8080; or a deployed run.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, a folder of them, or an HDF5 file.")],
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files, a folder of them, or an HDF5 file.")] = None,
+    metadata: Annotated[
+        Path | None, typer.Option(help="CSV of one patient's lesions: the visit is ranked as a whole.")
+    ] = None,
+    patient: Annotated[str | None, typer.Option(help="Of several in --metadata, the one to ask about.")] = None,
+    token_file: TokenFileOption = None,
     top: Annotated[int, typer.Option(min=1, help="How many to print.")] = 10,
     as_json: JsonOption = False,
 ) -> None:
     """Ask a running service about images; prints the most suspicious first.
 
-    Example: lesionflow ask http://127.0.0.1:8080 crops/
+    With --metadata the images are one patient's visit: lesions are compared with each other, and reasons given.
+
+    Example: lesionflow ask http://127.0.0.1:8080 crops/ --metadata visit.csv
     """
-    from lesionflow.client import ask as ask_service
-    from lesionflow.progress import print_answers
+    from lesionflow import client
+    from lesionflow.progress import print_answers, print_visit
 
     if (deployed := Path(url) / "deploy.json").exists():
         url = json.loads(deployed.read_text())["url"]
     elif Path(url).is_dir():
         raise UsageError(f"{url}: not deployed; `lesionflow deploy {url}` serves it, or give a URL")
-    answers = ask_service(url, images)
-    print_json(answers) if as_json else print_answers(answers, top)
+    with client.Client(url, token=read_token(token_file)) as service:
+        if metadata is None:
+            if patient is not None or not images:
+                raise UsageError("nothing to ask about: give images, or --metadata, which --patient is looked up in")
+            answers = service.infer(client.pictures(images))
+            print_json(answers) if as_json else print_answers(answers, top)
+            return
+        rows = client.rows_of(metadata, patient) if patient is not None else None
+        only = {row.get("isic_id", "") for row in rows} if rows is not None else None
+        visit = service.triage(client.pictures(images or [], only), rows or metadata, reasons=max(top, 100))
+        print_json(visit) if as_json else print_visit(visit, top)
 
 
 @app.command()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lesionflow.errors import UsageError
 
 if TYPE_CHECKING:
     from lesionflow.recipe import Recipe
@@ -20,6 +23,9 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a recipe field, e.g. training.epochs=5; repeatable.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TokenFileOption = Annotated[
+    Path | None, typer.Option(help="File with the service's token; else LESIONFLOW_TOKEN of the environment.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
@@ -27,6 +33,20 @@ def load_recipe(recipe: str, overrides: list[str] | None) -> Recipe:
     from lesionflow.recipe import Recipe
 
     return Recipe.load(recipe, overrides or [])
+
+
+def read_token(file: Path | None) -> str | None:
+    """A service's token, from a file or the environment: never an argument, which every user of a machine can see."""
+    if file is None:
+        return os.environ.get("LESIONFLOW_TOKEN", "").strip() or None
+    try:
+        token = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise UsageError(f"--token-file {file}: can't be read ({reason}): give a file with the token alone") from None
+    if not token:
+        raise UsageError(f"--token-file {file}: is empty: give a file with the token alone")
+    return token
 
 
 def print_json(value: Any) -> None:

@@ -171,13 +171,41 @@ def print_answers(answers: list[dict[str, Any]], top: int) -> None:
     """The service's `top` most suspicious answers, after those that a person has to look at in any case."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("image", "probability", "band")
     unclear = [a for a in answers if a.get("band") == "cannot judge"]
     ranked = sorted((a for a in answers if a not in unclear), key=lambda a: -a["probability"])
     for answer in (*unclear, *ranked[:top]):
-        table.add_row(str(answer["image"]), f"{answer['probability']:.4f}", answer.get("band") or "-")
+        table.add_row(Text(str(answer["image"])), f"{answer['probability']:.4f}", answer.get("band") or "-")
     Console().print(table)
     if len(ranked) > top:
         Console().print(f"and {len(ranked) - top} less suspicious ones (--top N, --json for all)")
     Console().print("Not a medical device.")
+
+
+def print_visit(visit: dict[str, Any], top: int) -> None:
+    """A triage answer's `top` most suspicious lesions, after those that a person has to look at in any case."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console, table = Console(), Table("rank", "lesion", "probability", "band", "why")
+    lesions = visit["lesions"]
+    unclear = [lesion for lesion in lesions if lesion["band"] == "cannot judge"]
+    judged = [lesion for lesion in lesions if lesion["band"] != "cannot judge"]
+    for lesion in (*unclear, *judged[:top]):
+        probability, interval = lesion["probability"], lesion.get("interval")
+        shown = "-" if probability is None else f"{probability:.4f}"
+        shown += f" ({interval['low']:.4f} to {interval['high']:.4f})" if interval else ""
+        why = "; ".join(lesion["doubts"] or lesion["reasons"][:3])
+        # As text: a file's name is no markup.
+        table.add_row(*map(Text, (str(lesion["rank"]), lesion["id"], shown, lesion["band"] or "-", why)))
+    console.print(table)
+    if len(judged) > top:
+        console.print(f"and {len(judged) - top} less suspicious ones (--top N, --json for all)")
+    for error in visit["errors"]:
+        console.print(Text(f"not used: {error.get('file') or error.get('id')}: {error['error']}"))
+    if note := visit["context"].get("note"):
+        console.print(Text(note))
+    console.print(visit["notice"])

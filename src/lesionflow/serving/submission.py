@@ -104,7 +104,8 @@ def _wanted(data: Path, pictures: bool) -> list[str] | None:
     if repeated := _repeated(wanted):
         raise DataError(f"{data / SAMPLE}: {_some(repeated)} in more than one row; restore the file")
     with open_source(data, "test") as source:
-        _same(metadata or data, source.ids, data / SAMPLE, wanted, "take both files from one download of the competition")
+        remedy = "take both files from one download of the competition"
+        _same(metadata or data, source.ids, data / SAMPLE, wanted, remedy)
     return wanted
 
 

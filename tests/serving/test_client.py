@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -148,11 +149,15 @@ def fake():
                 status, headers, value = answer
                 data = json.dumps(value).encode()
                 self.send_response(status)
-                self.close_connection = headers.pop("then", "") == "close"  # Without saying so.
+                # Without saying so beforehand, and as some servers do it: with a last word that answers nothing.
+                self.close_connection = headers.pop("then", "") == "close"
                 for name, text in {"Content-Length": str(len(data)), **headers}.items():
                     self.send_header(name, text)
                 self.end_headers()
                 self.wfile.write(data)
+                if self.close_connection:
+                    time.sleep(0.05)
+                    self.wfile.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
                 return None
 
             do_GET = do_POST
@@ -176,8 +181,7 @@ def fake():
 def slept(monkeypatch):
     """The seconds that the client would have waited; the clock goes on by them."""
     waits = []
-    monkeypatch.setattr(client.time, "sleep", waits.append)
-    monkeypatch.setattr(client.time, "monotonic", lambda: sum(waits))
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=waits.append, monotonic=lambda: sum(waits)))
     return waits
 
 
@@ -213,6 +217,7 @@ def test_a_connection_that_was_closed_while_idle_is_opened_again(fake):
     url, requests, connections = fake((200, {"then": "close"}, VISIT), (200, {}, VISIT))
     with client.Client(url) as service:
         service.triage([("a.jpg", b"picture")])
+        time.sleep(0.15)
         service.triage([("a.jpg", b"picture")])
     assert len(requests) == len(connections) == 2
 

@@ -27,7 +27,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lesionflow.evaluation.quantiles import beta_cdf
-from lesionflow.serving.driftfigures import NUMBER_TESTS, Codes, Doubles, Ints, Tests, observed, populations, weighted
+from lesionflow.serving.driftfigures import (
+    NUMBER_TESTS,
+    Codes,
+    Doubles,
+    Ints,
+    Population,
+    observed,
+    populations,
+    weighted,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -38,6 +47,8 @@ WINDOW_ALPHA = 0.01
 """The same for one of the service's windows, of which there are many."""
 WINDOW = 100
 """Patients that the service looks at together."""
+TOGETHER, MOST_TOGETHER = 32, 4096
+"""Patients, and lesions, that the service takes in at once."""
 FEWEST_PATIENTS = 10
 """With fewer nothing is tested."""
 SMALLEST = 0.03
@@ -88,7 +99,7 @@ class Shift:
 class Sums:
     """What is kept of new lesions: sums over patients, nothing of any one of them."""
 
-    def __init__(self, tests: Tests) -> None:
+    def __init__(self, tests: Population) -> None:
         self.tests, self.patients, self.lesions = tests, 0, 0
         count = len(tests)
         self.clusters, self.w, self.wy, self.w2, self.w2y, self.w2y2, self.w4 = np.zeros((7, count))
@@ -132,7 +143,7 @@ class Sums:
     def effective(self) -> tuple[Doubles, Doubles, Doubles]:
         """Mean, effective number and degrees of freedom of each test [T]; 0 degrees where the hold-out's count."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            mean = self.wy / self.w
+            mean = self.wy / self.w  # Never over 1 by rounding: each sum's parts are no larger.
             spread = (self.w2y2 - 2 * mean * self.w2y + mean**2 * self.w2) / self.w**2
             robust = np.maximum(spread, 0) * self.clusters / (self.clusters - 1)
             variance = np.where(self.tests.is_number, self.tests.variance, mean * (1 - mean))
@@ -179,11 +190,28 @@ class Gauge:
     value: float
 
 
+@dataclass(frozen=True)
+class _Patient:
+    """What `add` was told."""
+
+    count: int
+    statistics: Mapping[str, Doubles] | None
+    logits: Mapping[str, Doubles]
+    bands: Sequence[str | None] | None
+    table: pl.DataFrame | None
+    institution: str | None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What is known: patients of a kind can be taken together."""
+        return self.statistics is None, tuple(self.logits), self.bands is None, self.table is None
+
+
 class Drift:
-    """The service's look at what comes, in windows of `window` patients. Safe to call from several threads.
+    """The service's look at what comes, in windows of about `window` patients. Safe to call from several threads.
 
     A request is taken for one patient. Institutions are told apart only where the reference knows them, so that no
-    text of a client becomes a label.
+    text of a client becomes a label. A few patients' figures are kept until they are taken in together.
     """
 
     def __init__(self, reference: Mapping[str, Any], window: int = WINDOW, alpha: float = WINDOW_ALPHA) -> None:
@@ -193,6 +221,7 @@ class Drift:
         self._sums = {name: Sums(tests) for name, tests in self.tests.items()}
         self._windows = dict.fromkeys(self.tests, 0)
         self._last: dict[str, list[Shift]] = {}
+        self._waiting: list[_Patient] = []
         self._lock = threading.Lock()
 
     def add(
@@ -204,29 +233,30 @@ class Drift:
         table: pl.DataFrame | None = None,
         institution: str | None = None,
     ) -> None:
-        """Take one patient's lesions in; every argument of the same N lesions, as `observed` takes them."""
+        """Take one patient's lesions in; every argument of the same N lesions, as `observed` takes them.
+
+        The arrays are kept for a while, so they must not be written to afterwards.
+        """
         count = len(next(iter(logits.values()), ())) or (len(table) if table is not None else 0)
         if not count:
             return
-        sizes = None
         if table is not None:
-            sizes = np.full(count, np.nan)
-            sizes[0] = count
-        codes = self.figures.codes(observed(statistics, logits, bands, table, sizes), count)
-        owner = np.zeros(count, np.int64)
+            table = table.select(name for name in table.columns if f"metadata {name}" in self.figures.names)
         with self._lock:
-            for name in {"", institution if institution in self.tests else ""} - {None}:
-                sums = self._sums[name]
-                sums.add(codes, owner, 1)
-                if sums.patients >= self.window:
-                    self._last[name] = adjusted(sums.shifts(), self.alpha)
-                    self._windows[name] += 1
-                    self._sums[name] = Sums(self.tests[name])
+            self._waiting.append(_Patient(count, statistics, logits, bands, table, institution))
+            if len(self._waiting) >= TOGETHER or sum(one.count for one in self._waiting) >= MOST_TOGETHER:
+                self._take()
 
     def gauges(self) -> list[Gauge]:
-        """What the last full window of each institution said; `institution` is empty for all together."""
+        """What the last full window of each institution said; `institution` is empty for all together.
+
+        `lesionflow_drift_` + `windows`: how many there were; `patients`: in the one being filled; `shifted`: tests that
+        have shifted; `shift`: by `figure` and `test`, the new value less the usual one (all of them for all together,
+        those that have shifted for an institution).
+        """
         found = []
         with self._lock:
+            self._take()
             for name, sums in self._sums.items():
                 label = {"institution": name}
                 found += [Gauge("windows", label, self._windows[name]), Gauge("patients", label, sums.patients)]
@@ -238,3 +268,41 @@ class Drift:
                         if one.value is not None and (one.shifted or not name)
                     ]
         return found
+
+    def _take(self) -> None:
+        """Take the waiting patients in, those of a kind at once: one at a time costs ten times as much."""
+        kinds: dict[tuple[object, ...], list[_Patient]] = {}
+        for one in self._waiting:
+            kinds.setdefault(one.kind, []).append(one)
+        self._waiting = []
+        for patients in kinds.values():
+            counts = [one.count for one in patients]
+            codes, owner = self._codes(patients, counts), np.repeat(np.arange(len(patients)), counts)
+            for name, sums in list(self._sums.items()):
+                mine = np.array([not name or one.institution == name for one in patients])
+                if not mine.any():
+                    continue
+                rows = mine[owner]
+                sums.add(codes[:, rows], (np.cumsum(mine) - 1)[owner[rows]], int(mine.sum()))
+                if sums.patients >= self.window:
+                    self._last[name] = adjusted(sums.shifts(), self.alpha)
+                    self._windows[name] += 1
+                    self._sums[name] = Sums(self.tests[name])
+
+    def _codes(self, patients: list[_Patient], counts: list[int]) -> Codes:
+        import polars as pl
+
+        first = patients[0]
+        statistics = [one.statistics for one in patients if one.statistics is not None]
+        tables = [one.table for one in patients if one.table is not None]
+        sizes = np.full(sum(counts), np.nan)
+        if tables:
+            sizes[np.cumsum([0, *counts[:-1]])] = counts
+        seen = observed(
+            {name: np.concatenate([one[name] for one in statistics]) for name in statistics[0]} if statistics else None,
+            {name: np.concatenate([one.logits[name] for one in patients]) for name in first.logits},
+            None if first.bands is None else [band for one in patients for band in one.bands or ()],
+            pl.concat(tables, how="diagonal_relaxed") if tables else None,
+            sizes if tables else None,
+        )
+        return self.figures.codes(seen, sum(counts))

@@ -139,7 +139,7 @@ class Figures:
             start = stop
 
 
-class Tests:
+class Population:
     """What is tested of a population: T tests of its figures, each the mean of a score of bins."""
 
     def __init__(self, figures: Figures, population: Mapping[str, Any]) -> None:
@@ -194,7 +194,7 @@ def weighted(rows: Ints, scores: Doubles, alike: Doubles, shares: Doubles, lesio
     return n / (1 + np.maximum(n - 1, 0) * alike), np.einsum("gtb,tb->gt", shares[:, rows], scores)
 
 
-def populations(reference: Mapping[str, Any]) -> tuple[Figures, dict[str, Tests]]:
+def populations(reference: Mapping[str, Any]) -> tuple[Figures, dict[str, Population]]:
     """The reference's bins, and its tests by institution ("" for the whole hold-out). Raises `DataError`."""
     try:
         if reason := reference["reason"]:
@@ -203,6 +203,6 @@ def populations(reference: Mapping[str, Any]) -> tuple[Figures, dict[str, Tests]
             raise ValueError(f"more than {_MOST_INSTITUTIONS} institutions")
         figures = Figures(reference["figures"])
         known = {"": reference["whole"], **reference["institutions"]}
-        return figures, {str(name): Tests(figures, one) for name, one in known.items()}
+        return figures, {str(name): Population(figures, one) for name, one in known.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"bundle.json: drift can't be used ({error}): {_REMEDY}") from None

@@ -169,13 +169,15 @@ def _drift(run: Path, store: Store, spec: PreprocessSpec, info: dict[str, Any]) 
     if not (run / "holdout.parquet").exists():
         return driftreference.nothing("the run set no hold-out aside; train with folds.holdout = 0.2")
     table = pl.read_parquet(run / "holdout.parquet")
-    table = table[driftreference.draw_patients(table["patient_group"].to_list())]
     place = {name: row for row, name in enumerate(store.ids)}
     rows = [place[name] for name in table["isic_id"]]
     stats = None
     if store.pictures:
-        found = [statistics(to_pixels(store.jpeg(row), spec)[None]) for row in rows]
-        stats = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+        drawn = driftreference.draw_pictures(table["patient_group"].to_list())
+        found = [statistics(to_pixels(store.jpeg(rows[one]), spec)[None]) for one in drawn.tolist()]
+        stats = {name: np.full(len(rows), np.nan) for name in found[0]}
+        for name, column in stats.items():
+            column[drawn] = np.concatenate([one[name] for one in found])
     return driftreference.of_holdout(table, store.table[rows], stats, info)
 
 

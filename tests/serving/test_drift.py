@@ -193,9 +193,13 @@ def test_malignant_lesions_are_as_rare_as_in_service() -> None:
     rows = driftreference.usual_rows(y, 0.01)
     assert (y[rows] == 0).sum() == 900 and y[rows].sum() == 9 and (np.diff(rows) > 0).all()
     assert len(driftreference.usual_rows(y, 0.5)) == len(driftreference.usual_rows(y, None)) == 1000
-    groups = [f"P{one // 10}" for one in range(1000)]
-    drawn = driftreference.draw_patients(groups, 95)
-    assert len(drawn) == 90 and len({groups[row] for row in drawn}) == 9
+
+
+def test_pictures_of_every_patient_are_looked_at() -> None:
+    groups = ["big"] * 500 + [f"P{one // 2}" for one in range(100)]
+    drawn = driftreference.draw_pictures(groups, each=20, most=1000)
+    assert len(drawn) == 120 and (drawn < 500).sum() == 20 and (np.diff(drawn) > 0).all()
+    assert len({groups[row] for row in driftreference.draw_pictures(groups, each=20, most=51)}) == 51
 
 
 def test_an_institution_is_held_against_its_own_part(tmp_path) -> None:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 FEWEST_PATIENTS = 20
 FEWEST_LESIONS = 200
 """A hold-out of less says too little of what is usual, and so does an institution's part of it."""
-MOST_LESIONS = 20_000
-"""Whole patients are drawn of a larger hold-out: more wouldn't sharpen the reference, and takes minutes."""
+PICTURES_EACH, MOST_PICTURES = 50, 20_000
+"""Pictures of a patient, and of all, that are looked at: a patient's are alike, and each takes a millisecond."""
 MOST_INSTITUTIONS = 12
 BINS = 20
 LEAST_ALIKE, UNKNOWN_ALIKE = 0.01, 1.0
@@ -54,9 +54,9 @@ def of_holdout(
     """bundle.json's `drift`, from a run's hold-out.
 
     scores: rows of holdout.parquet; table: the same lesions' metadata, in the same order; statistics:
-    `inputs.statistics` of their pictures, None without pictures; info: what bundle.json says of `thresholds`,
-    `calibration` and `visit`. Malignant lesions beyond the calibration's prevalence are left out at random, as there
-    will be fewer of them in service than in an enriched data set.
+    `inputs.statistics` of their pictures, NaN for those not looked at, None without any; info: bundle.json's
+    `thresholds`, `calibration` and `visit`. Malignant lesions beyond the calibration's prevalence are left out at
+    random, as there will be fewer of them in service than in an enriched data set.
     """
     modes = list(info["visit"]["modes"]) if info.get("visit") else ["image"]
     keep = usual_rows(scores["target"].to_numpy(), info["calibration"].get("prevalence"), seed)
@@ -150,13 +150,16 @@ def served_modes(modes: Sequence[str], table: pl.DataFrame | None, seen: Any) ->
     return found
 
 
-def draw_patients(groups: Sequence[str], most: int = MOST_LESIONS, seed: int = 0) -> Ints:
-    """Rows of patients drawn at random until the next would make more than `most`; sorted."""
-    owner, count = grouped(groups)
-    order = np.random.default_rng(seed).permutation(count)
-    lesions = np.bincount(owner, minlength=count)[order]
-    kept = order[: max(1, int((np.cumsum(lesions) <= most).sum()))]
-    return np.flatnonzero(np.isin(owner, kept))
+def draw_pictures(groups: Sequence[str], each: int = PICTURES_EACH, most: int = MOST_PICTURES, seed: int = 0) -> Ints:
+    """Rows whose pictures to look at, drawn at random: `each` of a patient and `most` in all; sorted."""
+    owner, _ = grouped(groups)
+    shuffled = np.random.default_rng(seed).permutation(len(owner))
+    ordered = shuffled[np.argsort(owner[shuffled], kind="stable")]
+    starts = np.searchsorted(owner[ordered], owner[ordered])
+    # The first of every patient before the second of any.
+    place = np.arange(len(owner)) - starts
+    chosen = ordered[np.argsort(place, kind="stable")][: min(most, int((place < each).sum()))]
+    return np.sort(chosen)
 
 
 def usual_rows(targets: Any, prevalence: float | None, seed: int = 0) -> Ints:

@@ -280,6 +280,15 @@ def test_the_covariance_is_what_repeated_cohorts_show(prevalence):
     assert np.mean(found, 0)[0, 1] == pytest.approx(true[0, 1], abs=0.3 * np.sqrt(true[0, 0] * true[1, 1]))
 
 
+def test_the_covariance_is_symmetric_to_the_last_digit():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        s = rng.normal(-2, 4, 300)
+        ill = rng.random(300) < calibration.sigmoid(s)
+        (_, ab), (ba, _) = calibration.fit(s, ill, prevalence=0.01, groups=np.arange(300) // 3).covariance
+        assert ab == ba
+
+
 def test_too_few_malignant_lesions_give_no_covariance():
     rng = np.random.default_rng(0)
     ill = np.arange(300) < 20

@@ -100,8 +100,8 @@ def _covariance(
     of_x = summed.T @ summed * patients / (patients - 1)
     # From the line in x = (logit - centre) / spread to the one in the logit itself.
     turn = np.array([[1 / spread, 0.0], [-centre / spread, 1.0]])
-    (aa, ab), (ba, bb) = (turn @ of_x @ turn.T).tolist()
-    return (aa, ab), (ba, bb)
+    (aa, ab), (_, bb) = (turn @ of_x @ turn.T).tolist()
+    return (aa, ab), (ab, bb)  # Both off the diagonal are one number, whatever the last digit of the product says.
 
 
 def cross_fitted(logit: ArrayLike, y: ArrayLike, parts: ArrayLike, *, prevalence: float) -> Floats:

@@ -143,6 +143,38 @@ def test_a_lesion_more_of_a_known_patient_is_worth_less_than_a_patient(known) ->
     assert worth[1] == pytest.approx(100)
 
 
+def test_level_and_effective_number_are_those_of_the_textbook(known) -> None:
+    groups, of = cohort(np.random.default_rng(8), 60)
+    of["statistics"]["red_green"] += np.random.default_rng(9).normal(0, 2, 60)[grouped(groups)[0]]
+    figures, tests = populations(known)
+    (one,) = (s for s in held(known, groups, of) if (s.figure, s.test) == ("picture red_green", "level"))
+    place = tests[""].names.index(("picture red_green", "level"))
+    # The probability to lie above a lesion of the hold-out, ties counted half, lesion by lesion of the bins.
+    edges = figures.edges["picture red_green"]
+    shares = np.array(known["whole"]["figures"]["picture red_green"]["shares"])
+    bins = np.searchsorted(edges, of["statistics"]["red_green"], side="right")
+    above = np.array([shares[:b].sum() + shares[b] / 2 for b in bins])
+    owner = grouped(groups)[0]
+    n = np.bincount(owner)
+    y = np.bincount(owner, above) / n
+    w = n / (1 + (n - 1) * tests[""].alike[place])
+    mean = (w * y).sum() / w.sum()
+    variance = (w**2 * (y - mean) ** 2).sum() / w.sum() ** 2 * 60 / 59
+    assert one.usual == pytest.approx(0.5, abs=1e-4) and one.value == pytest.approx(mean)
+    assert one.effective == pytest.approx(tests[""].variance[place] / variance)
+    assert one.effective < w.sum() / 2  # These patients vary more among each other than the hold-out's.
+
+
+def test_a_category_that_was_never_seen_is_no_known_one(known) -> None:
+    groups, of = cohort(np.random.default_rng(7), 100)
+    tile = of["metadata"]["tbp_tile_type"]
+    of["metadata"] = of["metadata"].with_columns(tbp_tile_type=tile.replace("3D: XP", "dermatoscope"))
+    found = {one.test: one for one in held(known, groups, of) if one.figure == "metadata tbp_tile_type"}
+    assert found["other"].shifted and found["other"].usual == 0 and found["other"].value > 0.5
+    assert found["3D: XP"].shifted and found["3D: XP"].value == 0
+    assert found["other"].words.startswith("other: ")
+
+
 def test_likeness_is_the_intraclass_correlation() -> None:
     rng = np.random.default_rng(4)
     size = rng.integers(1, 30, 80)

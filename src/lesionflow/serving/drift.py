@@ -290,19 +290,20 @@ class Drift:
                     self._sums[name] = Sums(self.tests[name])
 
     def _codes(self, patients: list[_Patient], counts: list[int]) -> Codes:
-        import polars as pl
-
-        first = patients[0]
+        first, table = patients[0], None
         statistics = [one.statistics for one in patients if one.statistics is not None]
         tables = [one.table for one in patients if one.table is not None]
         sizes = np.full(sum(counts), np.nan)
         if tables:
+            import polars as pl  # A service of pictures alone does without.
+
+            table = pl.concat(tables, how="diagonal_relaxed")
             sizes[np.cumsum([0, *counts[:-1]])] = counts
         seen = observed(
             {name: np.concatenate([one[name] for one in statistics]) for name in statistics[0]} if statistics else None,
             {name: np.concatenate([one.logits[name] for one in patients]) for name in first.logits},
             None if first.bands is None else [band for one in patients for band in one.bands or ()],
-            pl.concat(tables, how="diagonal_relaxed") if tables else None,
+            table,
             sizes if tables else None,
         )
         return self.figures.codes(seen, sum(counts))

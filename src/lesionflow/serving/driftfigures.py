@@ -50,8 +50,6 @@ def observed(
     statistics: `inputs.statistics`; logits: mode -> [N], NaN for none; bands: N of what is served; table: N rows of
     typed metadata; sizes [N]: how many lesions a patient has, at one of the patient's lesions, NaN elsewhere.
     """
-    from lesionflow.data.derived import NUMBERS
-
     numbers = {f"picture {name}": np.asarray(x, np.float64) for name, x in (statistics or {}).items()}
     numbers |= {f"score {mode}": np.asarray(x, np.float64) for mode, x in (logits or {}).items()}
     categories: dict[str, Sequence[str | None]] = {}
@@ -60,6 +58,8 @@ def observed(
     if sizes is not None:
         numbers[VISIT_SIZE] = sizes
     if table is not None:
+        from lesionflow.data.derived import NUMBERS
+
         for name in NUMBERS:
             column = table[name].to_numpy() if name in table.columns else np.full(table.height, np.nan)
             numbers[f"metadata {name}"] = np.asarray(column, np.float64)

@@ -188,7 +188,7 @@ def test_a_compressed_body_is_refused(client):
     assert client.post(INFER, content=b"x", headers={"Content-Encoding": "gzip"}).status_code == 415
 
 
-def test_an_error_inside_is_500_and_its_text_is_not_logged(bundle_dir, encode, caplog, monkeypatch):
+def test_an_error_inside_is_500_and_its_text_is_not_logged(bundle_dir, encode, caplog, capsys, monkeypatch):
     app = create_app(bundle_dir)
 
     def fail(pixels):
@@ -196,11 +196,12 @@ def test_an_error_inside_is_500_and_its_text_is_not_logged(bundle_dir, encode, c
 
     with TestClient(app) as client, caplog.at_level(logging.DEBUG):
         wait_until(lambda: client.get("/v2/health/ready").status_code == 200)
-        monkeypatch.setattr(app.state.service.predictor, "logits", fail)
+        monkeypatch.setattr(app.state.service.predictor.graph, "logits", fail)
         response = ask(client, [encode(0)])
     assert response.status_code == 500
-    assert "ISIC_0000001" not in response.text + caplog.text
-    assert "RuntimeError" in caplog.text
+    logged = capsys.readouterr().err
+    assert "ISIC_0000001" not in response.text + caplog.text + logged
+    assert '"error":"RuntimeError"' in logged and response.json()["request_id"] in logged
 
 
 def test_beyond_the_queue_it_says_busy_and_when_to_try_again(bundle_dir, encode):

@@ -36,7 +36,25 @@ def read_metadata(path: Path, *, require: Sequence[str] = ("isic_id",)) -> pl.Da
     ids: for unreadable files, missing columns, words or NaN among numbers, targets other than 0
     and 1, and repeated ids.
     """
-    cells = read_cells(path)
+    return typed(read_cells(path), path, require=require)
+
+
+def read_text(text: str, where: str) -> pl.DataFrame:
+    """As `read_metadata`, of a CSV that is in memory; errors call it `where`."""
+    try:
+        names, *rows = [row for row in csv.reader(text.removeprefix("\ufeff").splitlines(), strict=True) if row]
+    except (ValueError, csv.Error):
+        raise DataError(f"{where}: not a CSV with a header line: send the text of one") from None
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{where}: column {_listed(repeated)} occurs twice in the header: rename or remove one")
+    if ragged := next((n for n, row in enumerate(rows, 2) if len(row) != len(names)), None):
+        raise DataError(f"{where}: line {ragged:,} hasn't the header's {len(names)} cells: {_RAGGED}")
+    columns = {name: [None if row[n] in NULLS else row[n] for row in rows] for n, name in enumerate(names)}
+    return typed(pl.DataFrame(columns, schema=dict.fromkeys(names, pl.String)), where)
+
+
+def typed(cells: pl.DataFrame, path: Path | str, *, require: Sequence[str] = ("isic_id",)) -> pl.DataFrame:
+    """Cells as text (String, null where empty) to what `read_metadata` gives; errors call them `path`."""
     if missing := [name for name in require if name not in cells.columns]:
         raise DataError(
             f"{path}: no column {', '.join(missing)} (found {_listed(cells.columns)}): "
@@ -103,7 +121,7 @@ def swap_hint(cells: pl.DataFrame, name: str) -> str:
     return ""
 
 
-def _with_target(path: Path, cells: pl.DataFrame, table: pl.DataFrame, *, required: bool) -> pl.DataFrame:
+def _with_target(path: Path | str, cells: pl.DataFrame, table: pl.DataFrame, *, required: bool) -> pl.DataFrame:
     table = table.with_columns(as_target())
     bad = cells.filter(cells["target"].is_not_null() & table["target"].is_null())
     if bad.height:
@@ -120,7 +138,7 @@ def _with_target(path: Path, cells: pl.DataFrame, table: pl.DataFrame, *, requir
     return table
 
 
-def _check_ids(path: Path, table: pl.DataFrame) -> None:
+def _check_ids(path: Path | str, table: pl.DataFrame) -> None:
     ids = table["isic_id"]
     if ids.null_count():
         rows = [str(i + 2) for i in table.with_row_index().filter(ids.is_null())["index"].head(_SHOWN)]

@@ -32,7 +32,8 @@ def create_app(bundle: Path | Predictor, *, limits: ServiceLimits | None = None,
     lesions in a thread when it starts, and is ready once they came out right.
     """
     try:
-        from lesionflow.serving.endpoints import Service, application
+        from lesionflow.serving.endpoints import application
+        from lesionflow.serving.service import Service
     except ImportError as error:
         raise missing_extra(error.name or "starlette", "serve") from None
     predictor = bundle if isinstance(bundle, Predictor) else Predictor(bundle)

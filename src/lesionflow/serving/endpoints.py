@@ -4,6 +4,7 @@
     GET  /v2/health/live   /v2/health/ready   ready: verified, and the reference lesions reproduced
     GET  /v2/models/NAME   .../ready          inputs and outputs
     POST /v2/models/NAME/infer                `image` (BYTES: JPEG or PNG; or UINT8 pixels) to logits and probability
+    GET  /v1/model   POST /v1/triage          a patient's visit: see `serving.triage`
 
 `/versions/1` may follow NAME, which is the bundle's own name or the one it is served under. Decoding and
 the model run in threads, so health answers under load.
@@ -15,27 +16,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from lesionflow import __version__
 from lesionflow.bundle import NOTICE
-from lesionflow.data.images import Pixels, to_pixels
-from lesionflow.errors import ClusterError, ImageError, LesionflowError
+from lesionflow.errors import ClusterError, LesionflowError
+from lesionflow.serving import triage
+from lesionflow.serving.access import Access
 from lesionflow.serving.graph import Graph
-from lesionflow.serving.predictor import Predictor
-from lesionflow.serving.protocol import OUTPUTS, InferRequest, RequestError, ServiceLimits, parse, render
+from lesionflow.serving.protocol import OUTPUTS, RequestError, parse, render
+from lesionflow.serving.service import VERSION, Service, read_body
 
-VERSION = "1"
 RETRY_SECONDS = 2.0
 """Between two checks while a remote predictor isn't there yet."""
 RECHECK_SECONDS = 30.0
@@ -43,63 +43,11 @@ RECHECK_SECONDS = 30.0
 _log = logging.getLogger("lesionflow.serving")
 
 
-class Service:
-    """A predictor with its limits, and whether it may be asked."""
+def application(service: Service, *, token: str | None = None) -> Starlette:
+    """The ASGI application of a service, which it checks in a thread as it starts (a remote predictor ever again).
 
-    def __init__(self, predictor: Predictor, limits: ServiceLimits, name: str | None = None) -> None:
-        self.predictor = predictor
-        self.limits = limits
-        self.name = name or predictor.bundle.name
-        """What the model is served as; the bundle's own name is answered too."""
-        self.reason: str | None = "the reference lesions haven't been checked yet"
-        """Why the service isn't ready; None once it is."""
-        self.pending = 0
-        # One request is decoded while others are in the model.
-        self._pool = ThreadPoolExecutor(predictor.graph.parallel + 1, "infer")
-        self._model = threading.BoundedSemaphore(predictor.graph.parallel)
-
-    def check(self) -> None:
-        """Become ready if the reference lesions are reproduced, else raise and be unready with the reason."""
-        try:
-            self.predictor.smoke()
-        except LesionflowError as error:
-            self.reason = str(error)
-            raise
-        self.reason = None
-
-    async def in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
-
-    def infer(self, body: bytes, header_length: str | None, name: str) -> tuple[bytes, int | None]:
-        """A request's body to the response's, for the model as `name`: see `protocol.parse` and `protocol.render`."""
-        request = parse(body, header_length, self.predictor.spec.size, self.limits)
-        pixels = self._decode(request)
-        with self._model:
-            outputs = self.predictor.logits(pixels)
-        return render(request, self.predictor.answers(pixels, *outputs), name, VERSION)
-
-    def close(self) -> None:
-        self._pool.shutdown()
-
-    def _decode(self, request: InferRequest) -> Pixels:
-        if request.pixels is not None:
-            return request.pixels
-        import numpy as np
-
-        images, size = request.images or [], self.predictor.spec.size
-        pixels = np.empty((len(images), size, size, 3), dtype=np.uint8)
-        for position, data in enumerate(images):
-            try:
-                pixels[position] = to_pixels(data, self.predictor.spec, self.limits.image)
-            except ImageError as error:
-                where = f"image {position + 1} of {len(images)}"
-                limit = f"image.{error.limit}" if error.limit else None
-                raise RequestError(f"{where}: {error}", status=422, limit=limit, image=position) from None
-        return pixels
-
-
-def application(service: Service) -> Starlette:
-    """The ASGI application of a service, which it checks in a thread as it starts (a remote predictor ever again)."""
+    With a `token` requests must bring it: see `access.Access`.
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -112,8 +60,13 @@ def application(service: Service) -> Starlette:
 
     app = Starlette(
         routes=_routes(),
+        middleware=[Middleware(Access, token=token)],
         lifespan=lifespan,
-        exception_handlers={RequestError: _request_error, ClusterError: _cluster_error, HTTPException: _http_error},
+        exception_handlers={
+            RequestError: _request_error,
+            ClusterError: _cluster_error,
+            HTTPException: _http_error,
+        },
     )
     app.state.service = service
     return app
@@ -125,6 +78,7 @@ def _routes() -> list[BaseRoute]:
         Route("/v2/health/live", _live),
         Route("/v2/health/ready", _ready),
         Route("/v2/repository/index", _index, methods=["POST"]),
+        *triage.routes(),
     ]
     for model in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
         routes += [
@@ -203,51 +157,23 @@ async def _metadata(request: Request) -> Response:
 
 async def _infer(request: Request) -> Response:
     service = _model(request)
-    if service.reason is not None:
-        raise RequestError(f"not ready: {service.reason}", status=503)
-    if service.pending >= service.limits.requests:
-        error = RequestError(
-            f"busy, {service.pending} requests are waiting: try again in a second", status=503, limit="requests"
-        )
-        return JSONResponse(error.to_dict(), 503, {"Retry-After": "1"})
-    service.pending += 1
-    try:
-        body = await _body(request, service.limits.body)
-        header_length = request.headers.get("inference-header-content-length")
-        name = request.path_params["name"]
-        answer, json_length = await service.in_thread(service.infer, body, header_length, name)
-    except ClientDisconnect:
-        return Response(status_code=400)
-    except LesionflowError:
-        raise
-    except Exception as error:
-        # Only the kind of error is logged: its text might quote the request.
-        _log.error("a request failed with %s", type(error).__name__)
-        return JSONResponse({"error": "internal error: please report it"}, 500)
-    finally:
-        service.pending -= 1
+    limits = service.limits
+    with service.admitted() as place:
+        body = await read_body(request, place, limits.body, "body")
+        async with service.in_time():
+            header_length = request.headers.get("inference-header-content-length")
+            asked = await service.in_thread(parse, body, header_length, service.predictor.spec.size, limits)
+            pixels = asked.pixels
+            if pixels is None:
+                pixels = await service.in_thread(service.decode, asked.images)
+            outputs = await service.logits(pixels)
+            answers = await service.in_thread(service.predictor.answers, pixels, *outputs)
+            service.answered([answer.band for answer in answers])
+            answer, json_length = render(asked, answers, request.path_params["name"], VERSION)
     if json_length is None:
         return Response(answer, media_type="application/json")
     headers = {"Inference-Header-Content-Length": str(json_length)}
     return Response(answer, media_type="application/octet-stream", headers=headers)
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is known to be too large."""
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise RequestError("compressed bodies aren't read: send it plain, images are compressed already", status=415)
-    too_large = RequestError(
-        f"the body is larger than the limit of {limit:,} bytes: send fewer images at a time", status=413, limit="body"
-    )
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced[:20]) > limit:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_large
-    return bytes(body)
 
 
 def _service(request: Request) -> Service:
@@ -273,7 +199,8 @@ def _readiness(service: Service, extra: dict[str, Any]) -> Response:
 
 async def _request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return JSONResponse(error.to_dict(), error.http_status)
+    content = error.to_dict() | {"request_id": request.state.request_id}
+    return JSONResponse(content, error.http_status, error.headers)
 
 
 async def _cluster_error(request: Request, error: Exception) -> Response:
@@ -285,4 +212,6 @@ async def _cluster_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": f"{error.detail}: the service is under /v2"}, error.status_code, error.headers)
+    return JSONResponse(
+        {"error": f"{error.detail}: the service is under /v1 and /v2"}, error.status_code, error.headers
+    )

@@ -43,7 +43,7 @@ class Graph:
         self._size, self._models = bundle.spec.size, bundle.models
         self.cam_shape = cam_shape(bundle)
         """Height and width of the class-activation maps, None if the graph gives none."""
-        self._batch = max(1, GRAPH_BATCH // VIEWS[bundle.info.get("tta", "none")])
+        self._batch = lesions(bundle)
         data = bundle.read(GRAPH)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cpus()
@@ -143,6 +143,11 @@ class NoGraph:
     def no_maps(self) -> UsageError:
         """Why there are no class-activation maps."""
         return UsageError(f"{self._where}: knows metadata alone, so there are no maps of pictures")
+
+
+def lesions(bundle: Bundle) -> int:
+    """Lesions per call: `GRAPH_BATCH` views."""
+    return max(1, GRAPH_BATCH // VIEWS[bundle.info.get("tta", "none")])
 
 
 def cam_shape(bundle: Bundle) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,28 +34,57 @@ class ServiceLimits:
     """Bounds a request is held to; each error names the one that was broken."""
 
     body: int = 32 * 1024 * 1024
-    """Bytes of a request's body."""
+    """Bytes of an inference request's body."""
     images: int = 64
-    """Images per request."""
-    requests: int = 32
+    """Images of an inference request."""
+    visit_body: int = 256 * 1024 * 1024
+    """Bytes of a triage request's body."""
+    visit: int = 10_000
+    """Lesions of a triage request; the most that SLICE-3D has of one patient are 9,184."""
+    heatmaps: int = 64
+    """Heat maps of a triage request."""
+    requests: int = 128
     """Requests being received or waiting for the model at one time."""
+    memory: int = 1024 * 1024 * 1024
+    """Bytes of all bodies that are held at one time."""
+    wait: float = 5.0
+    """Seconds that a request may be expected to wait for the model before it is refused at once."""
+    time: float = 300.0
+    """Seconds that a request may take in all, from its last byte on."""
     image: Limits = DEFAULT_LIMITS
     """Of each image, before it is decoded."""
 
 
 class RequestError(LesionflowError):
-    """A request that can't be answered; `limit` names the bound it broke, `image` the image's position from 0."""
+    """A request that can't be answered.
 
-    def __init__(self, message: str, *, status: int = 400, limit: str | None = None, image: int | None = None) -> None:
+    `limit` names the bound it broke, `image` the image's position from 0, `retry` after how many seconds to ask again,
+    `details` what else the answer says.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        limit: str | None = None,
+        image: int | None = None,
+        retry: float | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.http_status = status
-        self.limit = limit
-        self.image = image
+        self.limit, self.image, self.retry, self.details = limit, image, retry, details or {}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The response's own headers."""
+        return {} if self.retry is None else {"Retry-After": str(max(1, math.ceil(self.retry)))}
 
     def to_dict(self) -> dict[str, Any]:
         """The response's JSON."""
         extra = {"limit": self.limit, "image": self.image}
-        return {"error": str(self), **{k: v for k, v in extra.items() if v is not None}}
+        return {"error": str(self), **{k: v for k, v in extra.items() if v is not None}, **self.details}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lesionflow.bundle import band
-from lesionflow.data.features import features, has_record, lesions_of_patient
+from lesionflow.data.features import Matrix, catalogue, features, has_record, lesions_of_patient
 from lesionflow.data.images import DEFAULT_LIMITS, Limits, to_pixels
 from lesionflow.errors import DataError
 from lesionflow.models.stack import Joined
@@ -73,6 +73,29 @@ class VisitAnswer:
     """Calibrated probability by mode, of the modes that there was enough for."""
 
 
+@dataclass(frozen=True)
+class Described:
+    """The features of N lesions, made once."""
+
+    table: pl.DataFrame
+    known: Flags
+    """Whether a lesion has metadata worth using."""
+    alone: Flags
+    """Whether it is its patient's only one that has."""
+    record: Matrix
+    visit: Matrix | None
+
+    def rows(self, rows: Sequence[int]) -> Described:
+        """Of some of these lesions, still compared with all of them."""
+
+        def of(matrix: Matrix) -> Matrix:
+            return Matrix(matrix.names, np.ascontiguousarray(matrix.values[rows]))
+
+        here = np.asarray(rows, np.int64)
+        visit = None if self.visit is None else of(self.visit)
+        return Described(self.table[here], self.known[here], self.alone[here], of(self.record), visit)
+
+
 class Visits:
     """A bundle that knows metadata. Safe to call from several threads."""
 
@@ -97,16 +120,21 @@ class Visits:
             )
         self._own = tuple(name for name in self.joined.blocks if name in ("plain", "derived"))
 
-    def score(self, fold_logits: Doubles, table: pl.DataFrame) -> Scores:
-        """The pictures' log-odds [N, K] (a row of NaN for none) and the lesions' metadata, N rows in the same order.
+    def describe(self, table: pl.DataFrame) -> Described:
+        """What the trees look at. `patient_id` says whose the lesions are; without one each stands alone."""
+        every, names = features(table, self.joined.blocks), [one.name for one in catalogue(self._own)]
+        own = np.ascontiguousarray(every.values[:, [every.names.index(name) for name in names]])
+        visit = every if self.joined.blocks != self._own else None
+        return Described(
+            table, has_record(table), lesions_of_patient(table) == 1, Matrix(tuple(names), own), visit
+        )  # fmt: skip
 
-        `patient_id` says whose they are; without one each lesion stands alone.
-        """
+    def score(self, fold_logits: Doubles, table: pl.DataFrame | Described) -> Scores:
+        """The pictures' log-odds [N, K] (a row of NaN for none) and the lesions' metadata, N rows in the same order."""
+        lesions = table if isinstance(table, Described) else self.describe(table)
+        known, alone, record, visit = lesions.known, lesions.alone, lesions.record, lesions.visit
         image = np.asarray(fold_logits, np.float64)
         seen: Flags = np.asarray(np.isfinite(image).all(axis=1))
-        known, alone = has_record(table), lesions_of_patient(table) == 1
-        record = features(table, self._own)
-        visit = features(table, self.joined.blocks) if self.joined.blocks != self._own else None
         pictures = np.where(seen[:, None], image, 0.0) if "image" in self.joined.modes else None
         found = self.joined.scores(pictures, record, visit, alone)
         mode = [self._mode(*flags) for flags in zip(seen.tolist(), known.tolist(), alone.tolist(), strict=True)]
@@ -116,21 +144,19 @@ class Visits:
             chosen[here] = logits[here]
         if not np.isfinite(chosen[[one != "" for one in mode]]).all():
             raise DataError(f"{self.predictor.bundle.path}: the trees' answer is not a number: export the bundle again")
-        known = known if self.predictor.bundle.pictures else np.ones(len(table), bool)
+        known = known if self.predictor.bundle.pictures else np.ones(len(known), bool)
         able = {name: (seen if "image" in name else True) & (known if name != "image" else True) for name in found}
         return Scores(
             mode, chosen, {name: np.where(able[name], logits.mean(1), np.nan) for name, logits in found.items()}
         )
 
-    def explain(self, table: pl.DataFrame) -> list[tuple[str, ...]]:
+    def explain(self, table: pl.DataFrame | Described) -> list[tuple[str, ...]]:
         """What in each lesion's metadata moves its score, in words; none for lesions without metadata."""
-        alone, known = lesions_of_patient(table) == 1, has_record(table)
-        record = features(table, self._own)
-        visit = features(table, self.joined.blocks) if self.joined.blocks != self._own else None
-        names, shares = self.joined.contributions(record, visit, alone)
-        values = visit if visit is not None else record
-        said = reasons(values.values, shares, names, table)
-        return [one if has else () for one, has in zip(said, known.tolist(), strict=True)]
+        lesions = table if isinstance(table, Described) else self.describe(table)
+        names, shares = self.joined.contributions(lesions.record, lesions.visit, lesions.alone)
+        values = lesions.visit if lesions.visit is not None else lesions.record
+        said = reasons(values.values, shares, names, lesions.table)
+        return [one if has else () for one, has in zip(said, lesions.known.tolist(), strict=True)]
 
     def predict(
         self,
@@ -147,6 +173,8 @@ class Visits:
         """
         import polars as pl
 
+        if table is not None and "isic_id" not in table.columns:
+            raise DataError("metadata: no column isic_id; give each lesion its id")
         table = pl.DataFrame({"isic_id": [f"lesion {n + 1}" for n in range(len(images))]}) if table is None else table
         if len(table) != len(images):
             raise DataError(f"{len(images)} pictures and {len(table)} rows of metadata: give one row for each lesion")
@@ -164,10 +192,11 @@ class Visits:
         doubts: list[tuple[str, ...]] = [unseen] * len(images)
         for row, doubt in zip(given, self.predictor.doubts(pixels, raw), strict=True):
             doubts[row] = tuple(doubt)
-        scores = self.score(fold_logits, table)
-        said = self.explain(table) if with_reasons else [()] * len(images)
+        described = self.describe(table)
+        scores = self.score(fold_logits, described)
+        said = self.explain(described) if with_reasons else [()] * len(images)
         return [
-            self._answer(name, scores, row, doubts[row], said[row])
+            self.answer(name, scores, row, doubts[row], said[row])
             for row, name in enumerate(table["isic_id"].to_list())
         ]
 
@@ -183,9 +212,10 @@ class Visits:
         context = "visit" if "visit" in self.joined.modes and not alone else "record"
         return f"image_{context}" if seen else context
 
-    def _answer(
+    def answer(
         self, name: str, scores: Scores, row: int, doubts: tuple[str, ...], said: tuple[str, ...]
     ) -> VisitAnswer:
+        """Calibrate and name the band of one row of `scores`."""
         mode, folds = scores.mode[row], scores.fold_logits[row]
         logit = float(folds.mean())
         judged = band(logit, self.modes[mode]["thresholds"]) if mode and not doubts else CANNOT_JUDGE

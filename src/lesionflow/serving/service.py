@@ -1,0 +1,185 @@
+"""What the service's addresses share: a predictor, its limits, its batches, and whether it may be asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lesionflow.data.images import Pixels, to_pixels
+from lesionflow.errors import ImageError, LesionflowError
+from lesionflow.serving.batching import Batcher
+from lesionflow.serving.graph import Floats, available_cpus, lesions
+from lesionflow.serving.predictor import Predictor
+from lesionflow.serving.protocol import RequestError, ServiceLimits
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from lesionflow.serving.visit import Visits
+
+VERSION = "1"
+PIECE = 64
+"""Pictures decoded before the graph gets them: it works on these while the next are decoded."""
+
+
+class Place:
+    """A request that has begun, and what its body takes."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.bytes = service, 0
+
+    def hold(self, count: int) -> None:
+        """Raise `RequestError` if so many bytes more are too much beside all other requests'."""
+        self.bytes += count
+        self.service.held += count
+        if self.service.held > self.service.limits.memory:
+            raise RequestError("busy: too much is being received at one time", status=503, limit="memory", retry=1)
+
+
+class Service:
+    """A predictor with its limits, and whether it may be asked."""
+
+    def __init__(self, predictor: Predictor, limits: ServiceLimits, name: str | None = None) -> None:
+        self.predictor = predictor
+        self.visits: Visits | None = None
+        """What scores metadata; None where the bundle knows pictures alone."""
+        if predictor.bundle.info.get("visit"):
+            from lesionflow.serving.visit import Visits
+
+            self.visits = Visits(predictor)
+        self.limits = limits
+        self.name = name or predictor.bundle.name
+        """What the model is served as; the bundle's own name is answered too."""
+        self.reason: str | None = "the reference lesions haven't been checked yet"
+        """Why the service isn't ready; None once it is."""
+        self.pending = self.held = 0
+        """Requests that have begun, and bytes of their bodies."""
+        self.bands: Counter[str] = Counter()
+        """Lesions answered so far, by band."""
+        self.batched: Callable[[int, float], None] = lambda count, seconds: None
+        """Hears of each batch."""
+        self.batcher = Batcher(
+            predictor.graph, predictor.bundle.models, lesions(predictor.bundle),
+            lambda count, seconds: self.batched(count, seconds),
+        )  # fmt: skip
+        self._pool = ThreadPoolExecutor(max(2, available_cpus()), "service")
+
+    def check(self) -> None:
+        """Become ready if the reference lesions are reproduced, else raise and be unready with the reason."""
+        try:
+            self.predictor.smoke()
+        except LesionflowError as error:
+            self.reason = str(error)
+            raise
+        self.reason = None
+
+    def close(self) -> None:
+        self.batcher.close()
+        self._pool.shutdown()
+
+    async def in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+
+    @asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """What must be done before the request's time is over. Raises `RequestError` if it isn't."""
+        try:
+            async with asyncio.timeout(self.limits.time):
+                yield
+        except TimeoutError:
+            raise RequestError(
+                f"not done after {self.limits.time:g} s: send fewer images at a time",
+                status=503, limit="time", retry=self.batcher.wait(1),
+            ) from None  # fmt: skip
+
+    def answered(self, bands: Sequence[str | None]) -> None:
+        """Lesions got these bands."""
+        for one in bands:
+            self.bands[one or "none"] += 1
+
+    @contextmanager
+    def admitted(self) -> Iterator[Place]:
+        """A request's place among those that have begun. Raises `RequestError` where there is none."""
+        if self.reason is not None:
+            raise RequestError(f"not ready: {self.reason}", status=503, retry=2)
+        if self.pending >= self.limits.requests:
+            raise self._busy(f"{self.pending} requests are waiting", "requests")
+        if (wait := self.batcher.wait(1)) > self.limits.wait:
+            raise self._busy(f"about {wait:.1f} s of work are waiting", "wait")
+        self.pending += 1
+        place = Place(self)
+        try:
+            yield place
+        finally:
+            self.pending -= 1
+            self.held -= place.bytes
+
+    def _busy(self, why: str, limit: str) -> RequestError:
+        return RequestError(f"busy, {why}: try again later", status=503, limit=limit, retry=self.batcher.wait(1))
+
+    async def logits(self, pixels: Pixels) -> tuple[Floats, Floats]:
+        """uint8 [B, S, S, 3] to (`fold_logits` [B, K], `logit` [B]), in batches with whatever else waits."""
+        return await asyncio.wrap_future(self.batcher.give(pixels))
+
+    def decode(self, images: Sequence[bytes]) -> Pixels:
+        """Encoded pictures to uint8 [B, S, S, 3]. Raises `RequestError` naming the first that can't be used."""
+        size = self.predictor.spec.size
+        pixels = np.empty((len(images), size, size, 3), dtype=np.uint8)
+        for place, data in enumerate(images):
+            try:
+                pixels[place] = to_pixels(data, self.predictor.spec, self.limits.image)
+            except ImageError as error:
+                where = f"image {place + 1} of {len(images)}"
+                limit = f"image.{error.limit}" if error.limit else None
+                raise RequestError(f"{where}: {error}", status=422, limit=limit, image=place) from None
+        return pixels
+
+    async def usable(self, images: Sequence[bytes]) -> tuple[dict[int, ImageError], Pixels, Floats, Floats]:
+        """Of any number of pictures: why some can't be used, by place; pixels, `fold_logits`, `logit` of the others."""
+        errors: dict[int, ImageError] = {}
+        pieces, waiting = [], []
+        for start in range(0, len(images), PIECE):
+            pixels, found = await self.in_thread(self._try, images[start : start + PIECE])
+            errors |= {start + place: error for place, error in found.items()}
+            pieces.append(pixels)
+            waiting.append(asyncio.wrap_future(self.batcher.give(pixels)))
+        size, models = self.predictor.spec.size, self.predictor.bundle.models
+        given = [(np.zeros((0, models), np.float32), np.zeros(0, np.float32)), *await asyncio.gather(*waiting)]
+        fold_logits, logit = (np.concatenate(parts) for parts in zip(*given, strict=True))
+        return errors, np.concatenate([np.zeros((0, size, size, 3), np.uint8), *pieces]), fold_logits, logit
+
+    def _try(self, images: Sequence[bytes]) -> tuple[Pixels, dict[int, ImageError]]:
+        size, errors, used = self.predictor.spec.size, dict[int, ImageError](), 0
+        pixels = np.empty((len(images), size, size, 3), dtype=np.uint8)
+        for place, data in enumerate(images):
+            try:
+                pixels[used] = to_pixels(data, self.predictor.spec, self.limits.image)
+                used += 1
+            except ImageError as error:
+                errors[place] = error
+        return pixels[:used], errors
+
+
+async def read_body(request: Request, place: Place, limit: int, name: str) -> bytes:
+    """The body, refused as soon as it is known to be larger than `limit` (called `name`), or too much beside others."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise RequestError("compressed bodies aren't read: send it plain, images are compressed already", status=415)
+    too_large = RequestError(
+        f"the body is larger than the limit of {limit:,} bytes: send fewer images at a time", status=413, limit=name
+    )
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced[:20]) > limit:
+        raise too_large
+    chunks = list[bytes]()
+    async for chunk in request.stream():
+        place.hold(len(chunk))
+        if place.bytes > limit:
+            raise too_large
+        chunks.append(chunk)
+    return b"".join(chunks)

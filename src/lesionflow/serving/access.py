@@ -1,20 +1,22 @@
 """Around every request: an id, a token where one is asked for, one line in the log, and no error that tells too much.
 
     {"time": "...", "level": "info", "request_id": "...", "method": "POST", "route": "/v1/triage", "status": 200,
-     "ms": 812.4, "bytes": 723456}
+     "ms": 812.4, "lesions": 241, "bytes": 723456}
 
-The line names the route's template, never the path, a file, an id or anything else that came with the request.
+The line names the route's template, never the path, a file, an id or anything else that came with the request. What the
+server itself logs becomes such a line too, without tracebacks: an error's text might quote a request.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
+import logging
 import re
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,17 +25,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN = ("/v2/health/live", "/v2/health/ready", "/", "/page.css", "/page.js")
 """Asked for by whoever has no token: what an orchestrator looks at, and the page, which holds no data."""
-SILENT = ("/v2/health/live", "/v2/health/ready", "/metrics")
-"""Asked for every few seconds; logged only when they fail."""
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
     (b"cache-control", b"no-store"),
 )
+"""Of every answer that has none of its own by that name."""
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""Named in logs and metrics; any other is `other`, so that no client can make up names."""
+NOWHERE = "(none)"
+"""The route of a request that no endpoint answered."""
+GONE = 499
+"""Status in the log of a request whose client left before the answer."""
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-Told = Callable[[str, str, int, float], None]
-"""Hears of each request: method, route, status, seconds."""
 
 
 def log(level: str, **fields: Any) -> None:
@@ -43,14 +49,24 @@ def log(level: str, **fields: Any) -> None:
     sys.stderr.flush()
 
 
-class Access:
-    """ASGI middleware."""
+class JsonLines(logging.Handler):
+    """What libraries log, as lines like the requests'; of an exception only its type."""
 
-    def __init__(
-        self, app: ASGIApp, *, token: str | None = None, quiet: bool = False, told: Told | None = None
-    ) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
+        error = {"error": record.exc_info[0].__name__} if record.exc_info and record.exc_info[0] else {}
+        log(record.levelname.lower(), message=record.getMessage().strip(), **error)
+
+
+class Access:
+    """ASGI middleware of a Starlette application.
+
+    What endpoints leave in the request's state goes into the line and the metrics: `lesions`, how many were answered;
+    `limit`, which one refused it. The application's own state may hold a `telemetry`, which hears of each request.
+    """
+
+    def __init__(self, app: ASGIApp, *, token: str | None = None, quiet: bool = False) -> None:
         """With a `token`, requests must bring it as `Authorization: Bearer`. `quiet`: no line for each request."""
-        self._app, self._quiet, self._told = app, quiet, told
+        self._app, self._quiet = app, quiet
         self._token = token.encode() if token else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,7 +76,9 @@ class Access:
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        telemetry = getattr(scope["app"].state, "telemetry", None) if "app" in scope else None
         started, status, received = time.perf_counter(), 0, 0
 
         async def receiving() -> Message:
@@ -78,26 +96,35 @@ class Access:
                 message["headers"] = [*message["headers"], *(one for one in extra if one[0] not in own)]
             await send(message)
 
+        if telemetry is not None:
+            telemetry.began()
         try:
             if self._refused(scope["path"], headers):
+                state["limit"] = "token"
                 await _say(sending, 401, "a token is needed: send Authorization: Bearer TOKEN", request_id)
             else:
                 await self._app(scope, receiving, sending)
-        except ClientDisconnect:
-            status = status or 499
+        except (ClientDisconnect, asyncio.CancelledError) as error:
+            status = status or GONE
+            if isinstance(error, asyncio.CancelledError):
+                raise
         except Exception as error:
             # Only the kind of error is logged: its text might quote the request.
             log("error", request_id=request_id, error=type(error).__name__)
             if not status:
                 await _say(sending, 500, "internal error: please report it", request_id)
         finally:
-            seconds, route = time.perf_counter() - started, _template(scope)
-            if self._told:
-                self._told(scope["method"], route, status, seconds)
-            if status >= 400 or route not in SILENT:
+            seconds, route = time.perf_counter() - started, template(scope)
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            # A server that gave up on a request says with which status.
+            status = state.get("ended", status) or GONE
+            if telemetry is not None:
+                telemetry.ended(method, route, status, seconds, state.get("limit"))
+            if not self._quiet:
+                extra = {name: state[name] for name in ("lesions", "limit") if state.get(name) is not None}
                 log(
-                    "warning" if status >= 500 else "info", request_id=request_id, method=scope["method"], route=route,
-                    status=status, ms=round(1000 * seconds, 1), bytes=received,
+                    "warning" if status >= 500 else "info", request_id=request_id, method=method, route=route,
+                    status=status, ms=round(1000 * seconds, 1), bytes=received, **extra,
                 )  # fmt: skip
 
     def _refused(self, path: str, headers: dict[bytes, bytes]) -> bool:
@@ -107,11 +134,11 @@ class Access:
         return kind.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token)
 
 
-def _template(scope: Scope) -> str:
+def template(scope: Scope) -> str:
     """The path that the endpoint which answered is declared with."""
     routes = getattr(scope.get("app"), "routes", ())
     endpoint = scope.get("endpoint")
-    return next((route.path for route in routes if getattr(route, "endpoint", None) is endpoint), "(none)")
+    return next((route.path for route in routes if getattr(route, "endpoint", None) is endpoint), NOWHERE)
 
 
 async def _say(send: Send, status: int, error: str, request_id: str) -> None:

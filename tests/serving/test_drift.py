@@ -24,7 +24,7 @@ from lesionflow.serving.drift import ALPHA, Drift, Shift, Sums, adjusted, studen
 from lesionflow.serving.driftfigures import Figures, Population, observed, populations
 from lesionflow.serving.driftreference import grouped, intraclass, reference, served_modes, visit_sizes
 from lesionflow.serving.driftreport import OWN, WHOLE, drift_files, render
-from lesionflow.serving.predictor import Predictor
+from lesionflow.serving.predictor import CANNOT_JUDGE, Predictor
 from lesionflow.serving.visit import Visits
 
 PICTURE = ("brightness", "contrast", "red_green", "flat")
@@ -369,7 +369,9 @@ def test_a_bundle_sees_in_its_holdout_what_it_says(referenced, synthetic: Path, 
     assert report["patients"] == report["reference"]["patients"] and report["shifted"] == 0
     kinds = {figure["figure"].split()[0] for figure in whole["figures"]}
     assert kinds == {"picture", "score", "band", "metadata", "missing", "lesions"}
-    for figure in whole["figures"]:
+    own = [one for one in report["institutions"] if one["against"] == OWN]
+    assert own and whole not in own
+    for figure in [figure for one in (whole, *own) for figure in one["figures"]]:
         # A score in its last digits may fall into the next bin.
         assert figure["value"] == pytest.approx(figure["usual"], abs=0.005), figure
 
@@ -385,6 +387,13 @@ def test_lesions_are_scored_the_way_that_visits_choose(referenced, finished: Pat
     scores = visits.score(logits, table)
     modes = served_modes(list(visits.modes), table, np.isfinite(logits[:, 0]))
     assert modes == scores.mode and len(set(modes)) >= 5
+
+
+def test_what_cannot_be_judged_is_a_band() -> None:
+    info = {"thresholds": {"refer": {"logit": 1.0}}}
+    logits = {"image": np.array([2.0, 0.0, 2.0, np.nan])}
+    bands = driftreference.served_bands(logits, None, [False, False, True, False], info, pictures=True)
+    assert bands == ["refer", "routine", CANNOT_JUDGE, None]
 
 
 def test_the_command_reports_shifts_and_can_refuse(referenced, synthetic: Path, tmp_path) -> None:
@@ -441,4 +450,3 @@ def test_a_population_is_tested_of_what_it_knows(known) -> None:
     figures = Figures(known["figures"])
     tests = Population(figures, {**known["whole"], "figures": {"band": known["whole"]["figures"]["band"]}})
     assert {figure for figure, _ in tests.names} == {"band"} and len(tests) == 2
-    assert OWN != WHOLE

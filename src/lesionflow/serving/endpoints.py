@@ -30,7 +30,7 @@ from starlette.routing import BaseRoute, Route
 from lesionflow import __version__
 from lesionflow.bundle import NOTICE
 from lesionflow.errors import ClusterError, LesionflowError
-from lesionflow.serving import triage
+from lesionflow.serving import pages, triage
 from lesionflow.serving.access import Access
 from lesionflow.serving.graph import Graph
 from lesionflow.serving.protocol import OUTPUTS, RequestError, parse, render
@@ -79,6 +79,7 @@ def _routes() -> list[BaseRoute]:
         Route("/v2/health/ready", _ready),
         Route("/v2/repository/index", _index, methods=["POST"]),
         *triage.routes(),
+        *pages.routes(),
     ]
     for model in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
         routes += [

@@ -51,6 +51,16 @@ class ServiceLimits:
     """Seconds that a request may be expected to wait for the model before it is refused at once."""
     time: float = 300.0
     """Seconds that a request may take in all, from its last byte on."""
+    headers: int = 32 * 1024
+    """Bytes of a request's first line and headers."""
+    head_time: float = 10.0
+    """Seconds that these may take."""
+    rate: int = 1024
+    """Bytes of a body that must come, and of an answer that must be taken, each second on average."""
+    idle: float = 30.0
+    """Seconds that a connection is kept without a request."""
+    connections: int = 512
+    """Open at one time."""
     image: Limits = DEFAULT_LIMITS
     """Of each image, before it is decoded."""
 

@@ -28,7 +28,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 def use_slot(slot: int) -> None:
     """Count in the files of this worker's slot. Before any `Telemetry` is made."""
-    values.ValueClass = values.MultiProcessValue(lambda: slot)  # type: ignore[misc,assignment]
+    values.ValueClass = values.MultiProcessValue(lambda: slot)  # type: ignore[no-untyped-call]
 
 
 class Telemetry:

@@ -39,7 +39,7 @@ except ModuleNotFoundError:  # Copied elsewhere, without the package.
 BATCH_IMAGES = 32
 BATCH_BYTES = 8 * 1024 * 1024
 """A request of `infer` ends at so many images or bytes, well inside the service's limits."""
-TIMEOUT = 150.0
+TIMEOUT = 330.0
 """Seconds; longer than a service may take for a request, so that it is the service that says what took too long."""
 CONNECT_SECONDS = 10.0
 PATIENCE = 60.0

@@ -482,7 +482,7 @@ const behind = () => [document.querySelector("header"), document.querySelector("
 function close() {
   if (!document.body.classList.contains("open")) return;
   document.body.classList.remove("open");
-  $("panel").removeAttribute("role");
+  $("panel").setAttribute("role", "region");
   $("panel").removeAttribute("aria-modal");
   for (const part of behind()) part.inert = false;
   const row = current && rows.get(current.id);
@@ -538,7 +538,7 @@ function drawPanel(lesion) {
 }
 
 function meaning(lesion) {
-  const lines = (model && model.bands) || {};
+  const lines = (model && model.served === lesion.mode && model.bands) || {}; // Other modes have lines of their own.
   const kept = (line) => (line && line.sensitivity ? ` that kept ${percent(line.sensitivity)} of the malignant lesions of other patients` : "");
   return {
     refer: `Above the line${kept(lines.refer)}.`,
@@ -636,7 +636,7 @@ function sites(scored, lesion) {
 
 // Total body photography: x grows to the patient's right, y from the floor up, z to the patient's back; millimetres.
 function map(placed, lesion) {
-  const high = Math.max(1800, ...placed.map((one) => one.position.y + 60));
+  const high = Math.max(1800, ...placed.map((one) => one.position.y + 60)) + 100; // Above the head: words.
   const far = Math.max(480, ...placed.map((one) => Math.abs(one.position.x) + 40));
   const low = Math.min(0, ...placed.map((one) => one.position.y - 40));
   const deep = [Math.min(-230, ...placed.map((one) => one.position.z - 40)), Math.max(310, ...placed.map((one) => one.position.z + 40))];
@@ -645,7 +645,7 @@ function map(placed, lesion) {
     { place: (one) => [far - one.position.x, high - one.position.y], name: "from the front", x: far, ends: ["R", "L"], at: [30, 2 * far - 30] },
     { place: (one) => [2 * far + gap + one.position.z - deep[0], high - one.position.y], name: "from the left", x: 2 * far + gap - deep[0] + 40, ends: ["front", "back"], at: [2 * far + gap + 10, all - 10] },
   ];
-  const bodies = Math.abs(high - 1800) < 250 && far < 750;
+  const bodies = Math.abs(high - 1900) < 250 && far < 750;
   const svg = make("svg", { viewBox: `0 0 ${all} ${high - low + 110}`, class: "map", role: "img", "aria-label": `Map of ${count(placed.length, "lesion")}; this one is ringed${lesion.site ? `, on the ${lesion.site}` : ""}` });
   views.forEach((view, side) => {
     if (bodies) svg.append(figure(view.x, high, side));
@@ -672,7 +672,7 @@ function figure(x, high, side) {
   const group = make("g", { class: "figure", "aria-hidden": "true" });
   group.append(make("circle", { cx: x - (side ? 25 : 0), cy: y(1640), r: 105 }), line(0, 1560, 0, 1480, 110));
   if (side) group.append(line(5, 1370, 5, 960, 230), line(5, 850, 5, 60, 150));
-  else group.append(line(-70, 1370, -50, 940, 190), line(70, 1370, 50, 940, 190), line(-175, 1405, -390, 860, 95), line(175, 1405, 390, 860, 95), line(-95, 850, -185, 60, 140), line(95, 850, 185, 60, 140));
+  else group.append(line(-70, 1370, -50, 940, 190), line(70, 1370, 50, 940, 190), line(-175, 1405, -430, 960, 95), line(175, 1405, 430, 960, 95), line(-95, 850, -185, 60, 140), line(95, 850, 185, 60, 140));
   return group;
 }
 

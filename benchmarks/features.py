@@ -83,9 +83,10 @@ def built_in(frame: pd.DataFrame) -> dict[str, pd.Series]:
             x, by = frame[name], frame.groupby(keys)[name]
             n, mean, middle = by.transform("count"), by.transform("mean"), by.transform("median")
             mad = (x - middle).abs().groupby([frame[key] for key in keys]).transform("median")
+            wide = np.maximum(context.MAD_TO_SD * mad, context.LEAST_SPREAD * by.transform("std"))
             made[f"{name}_{scope}_diff"] = ((x - mean) * n / (n - 1)).where(n > 1)
             made[f"{name}_{scope}_z"] = ((x - mean) / by.transform("std")).where(n > 2)
-            made[f"{name}_{scope}_robust_z"] = ((x - middle) / (context.MAD_TO_SD * mad)).where(n > 2)
+            made[f"{name}_{scope}_robust_z"] = ((x - middle) / wide).where(n > 2)
             made[f"{name}_{scope}_rank"] = ((by.rank() - 1) / (n - 1)).where(n > 1)
             if scope == "patient":
                 made[f"{name}_{scope}_share"] = (x / by.transform("max")).where(n > 1)
@@ -101,7 +102,10 @@ def lambdas(frame: pd.DataFrame) -> dict[str, pd.Series]:
             made[f"{name}_{scope}_diff"] = by.transform(lambda x: (x - x.mean()) * x.count() / (x.count() - 1))
             made[f"{name}_{scope}_z"] = by.transform(lambda x: (x - x.mean()) / x.std())
             made[f"{name}_{scope}_robust_z"] = by.transform(
-                lambda x: (x - x.median()) / (context.MAD_TO_SD * (x - x.median()).abs().median())
+                lambda x: (
+                    (x - x.median())
+                    / max(context.MAD_TO_SD * (x - x.median()).abs().median(), context.LEAST_SPREAD * x.std())
+                )
             )
             made[f"{name}_{scope}_rank"] = by.transform(lambda x: (x.rank() - 1) / (x.count() - 1))
             if scope == "patient":

@@ -25,6 +25,7 @@ LEVELS = (
 TORCH_FREE = (
     "bundle", "client", "graphfile", "data.schema", "data.images", "data.external",
     "serving.predictor", "serving.app", "serving.submission", "serving.notebook",
+    "serving.drift", "serving.driftreport", "serving.triage",
 )  # fmt: skip
 
 

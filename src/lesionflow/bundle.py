@@ -165,7 +165,8 @@ def check_info(info: Any, where: str) -> dict[str, Any]:
     of a and b, or null);
     `thresholds` (`refer` and `low`, each with a `logit` and how it was chosen, as `band` reads them;
     empty where no band could be vouched for); `inputs` (what pictures the model knows, as
-    `serving.inputs` reads it; may be missing); `visit` (only with metadata: `served`, the mode of what is
+    `serving.inputs` reads it; may be missing); `drift` (what the hold-out looks like, as `serving.drift`
+    reads it; may be missing); `visit` (only with metadata: `served`, the mode of what is
     served, and `modes`, each with its `calibration`, `thresholds` and what it is worth; the `calibration` and
     `thresholds` above are then those of a picture alone); `metrics` (with intervals); `recipe`; `data_hash`;
     `fold_hash`; `data_licence`; `synthetic`; `parity`; `notice`.
@@ -195,8 +196,9 @@ def check_info(info: Any, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: neither a graph nor a visit, so it can't score anything: export the bundle again")
     if "visit" in info:
         _check_visit(info["visit"], f"{where}: visit")
-    if not isinstance(info.get("inputs", {}), dict):
-        raise DataError(f"{where}: inputs must be an object: export the bundle again")
+    for field in ("inputs", "drift"):
+        if not isinstance(info.get(field, {}), dict):
+            raise DataError(f"{where}: {field} must be an object: export the bundle again")
     return info
 
 

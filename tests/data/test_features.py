@@ -232,12 +232,17 @@ def test_equal_lesions_are_unremarkable(value: float) -> None:
     assert np.isnan(found["share"]).all() if value == 0 else found["share"] == [1.0] * 7
 
 
-def test_one_odd_among_equal_has_no_robust_z() -> None:
+def test_one_odd_among_equal_is_as_odd_as_a_tenth_of_the_spread_allows() -> None:
     found = compared(visit([2.0, 2.0, 2.0, 2.0, 5.0]))
     assert found["robust_z"][:4] == [0.0] * 4
-    assert np.isnan(found["robust_z"][4])
+    assert found["robust_z"][4] == pytest.approx(10 * 3 / (9 / 5) ** 0.5), "(5 - 2) in tenths of the SD"
     assert found["z"][4] == pytest.approx(4 / 5**0.5)
     assert found["rank"] == [0.375] * 4 + [1.0]
+
+
+def test_nearly_equal_values_make_no_huge_score() -> None:
+    found = compared(visit([2.0, 2.0 + 1e-9, 2.0, 2.0 - 1e-9, 2.0, 5.0]))
+    assert abs(found["robust_z"][5]) < 30
 
 
 def test_a_share_of_nothing_or_less_is_unknown() -> None:
@@ -285,10 +290,11 @@ def test_comparisons_are_those_of_pandas() -> None:
             by, x = frame.groupby(keys)[name], frame[name]
             n, middle = by.transform("count"), by.transform("median")
             mad = (x - middle).abs().groupby([frame[k] for k in keys]).transform("median")
+            wide = np.maximum(1.482602218505602 * mad, 0.1 * by.transform("std"))
             expected = {
                 "diff": ((x - by.transform("mean")) * n / (n - 1)).where(n > 1),
                 "z": ((x - by.transform("mean")) / by.transform("std")).where(n > 2),
-                "robust_z": ((x - middle) / (1.482602218505602 * mad)).where(n > 2),
+                "robust_z": ((x - middle) / wide).where(n > 2),
                 "rank": ((by.rank() - 1) / (n - 1)).where(n > 1),
             }
             for suffix, values in expected.items():
@@ -401,3 +407,15 @@ def test_has_record_wants_half_of_the_numbers() -> None:
     schema = dict.fromkeys(names, pl.Float64)
     assert has_record(pl.DataFrame(row, schema=schema)).tolist() == [True, False]
     assert not has_record(pl.DataFrame({"isic_id": ["a"]})).any()
+
+
+def test_companions_are_lesions_with_a_record() -> None:
+    table = made([4, 2])
+    blank = [name for name in table.columns if name not in ("isic_id", "patient_id")]
+    first = table["patient_id"] == table["patient_id"][0]
+    mine = np.flatnonzero(first.to_numpy())
+    empty = pl.Series(np.isin(np.arange(table.height), mine[1:]))
+    sparse = table.with_columns(pl.when(empty).then(None).otherwise(pl.col(name)).alias(name) for name in blank)
+    counts = lesions_of_patient(sparse)
+    assert counts[mine[0]] == 1, "nothing that it could be compared with"
+    assert (counts[mine[1:]] == 2).all() and (counts[~first.to_numpy()] == 2).all()

@@ -98,7 +98,7 @@ def truth(phrase: str, row: np.ndarray, lesion: dict, others: pl.DataFrame) -> b
     if found := re.fullmatch(r"(.*) than the skin around it", phrase):
         column, sign = {
             "darker": ("deltaL", -1), "lighter": ("deltaL", 1), "redder": ("deltaA", 1), "less red": ("deltaA", -1),
-            "bluer": ("deltaB", -1), "yellower": ("deltaB", 1),
+            "less yellow": ("deltaB", -1), "yellower": ("deltaB", 1),
         }[found[1]]  # fmt: skip
         return lesion[f"tbp_lv_{column}"] * sign >= 1
     if found := re.fullmatch(r"the nearest other lesion is (\d+) mm away", phrase):

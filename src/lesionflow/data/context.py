@@ -10,8 +10,8 @@ or on the number of threads.
 | 2 | defined | NaN: one other lesion has no spread |
 | 3 or more | defined | defined |
 
-Only lesions with a value count. All equal: difference 0, z 0, rank 0.5. Where more than half are equal the MAD is 0:
-the robust z is then 0 for those and NaN for the others.
+Only lesions with a value count. All equal: difference 0, z 0, rank 0.5. Where more than half are nearly equal the MAD
+says nothing of the others, so the robust z takes a tenth of the standard deviation at least.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ FEW = 20_000
 """Rows under which threads cost more than they save."""
 MAD_TO_SD = 1.482602218505602
 """1 / Phi^-1(3/4): the MAD of a normal distribution times this is its standard deviation."""
+
+LEAST_SPREAD = 0.1
+"""Of a robust z, in standard deviations: a MAD near 0 would make scores of millions of what is nearly equal."""
 
 _BASES: dict[str, tuple[str, bool]] = {
     # feature: unit, whether a share of the patient's largest makes sense
@@ -65,7 +68,7 @@ _COMPARED = {
     # suffix: formula of {the feature} among {whose lesions}, unit if it isn't the feature's, why
     "diff": ("{0} less the mean of the others of {1}", "", "the ugly duckling: unlike its fellows"),
     "z": ("({0} - mean) / SD (n - 1), over {1}", "SD", "unlike them by their own spread"),
-    "robust_z": ("({0} - median) / (1.4826 MAD), over {1}", "SD", "the same where some are odd already"),
+    "robust_z": ("({0} - median) / max(1.4826 MAD, SD / 10), over {1}", "SD", "the same where some are odd already"),
     "rank": ("share of the others of {1} that have less {0}, ties half", "0-1", "no scale, no outliers"),
     "share": ("{0} over the largest of {1}", "0-1", "1 for the most conspicuous"),
 }
@@ -160,7 +163,7 @@ class Groups:
             found = [
                 np.where(n > 1, rest * (n / (n - 1)), np.nan),
                 np.where(n > 2, _over(rest, spread), np.nan),
-                np.where(n > 2, _over(centred, MAD_TO_SD * mad[self.group]), np.nan),
+                np.where(n > 2, _over(centred, np.maximum(MAD_TO_SD * mad[self.group], LEAST_SPREAD * spread)), np.nan),
                 np.where(n > 1, (self._mean_ranks(ascending, ordered) - 1) / (n - 1), np.nan),
             ]
             if largest:

@@ -99,8 +99,15 @@ def check_inputs(names: Iterable[str]) -> None:
 
 
 def lesions_of_patient(table: pl.DataFrame) -> NDArray[np.int64]:
-    """How many lesions the row's patient has in the table, int64 [N]; 1: there is nothing to compare it with."""
-    return Patients(table).lesions
+    """The row itself and how many other lesions of its patient have a record, int64 [N].
+
+    1: there is nothing to compare it with. Lesions without metadata worth using (`has_record`) are no company.
+    """
+    patients, known = Patients(table), has_record(table)
+    others = np.bincount(patients.code, known[patients.order], len(patients.starts)).astype(np.int64)[patients.code]
+    found = np.empty_like(patients.order)
+    found[patients.order] = others
+    return found - known + 1
 
 
 def has_record(table: pl.DataFrame) -> NDArray[np.bool_]:

@@ -78,7 +78,7 @@ _OWN: Mapping[str, _Said] = {
     "colour": {
         "tbp_lv_norm_color": lambda v: f"colour variation {v:.1f} of 10",
         "tbp_lv_deltaA": _signed("less red", "redder"),
-        "tbp_lv_deltaB": _signed("bluer", "yellower"),
+        "tbp_lv_deltaB": _signed("less yellow", "yellower"),
     },
     "border": {"tbp_lv_norm_border": lambda v: f"border irregularity {v:.1f} of 10"},
     "shape": {"tbp_lv_symm_2axis": lambda v: f"asymmetry {v:.2f} of 1"},

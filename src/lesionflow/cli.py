@@ -437,15 +437,25 @@ def serve(
         Path | None, typer.Option(help="Written (JSON with the URL) once requests are taken.")
     ] = None,
     model_name: Annotated[str | None, typer.Option(help="A second name for the model, in URLs.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that answer; SIGHUP then restarts them one after another.")
+    ] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of a limit, such as visit=2000; may be repeated.")
+    ] = None,
+    token_file: TokenFileOption = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that begun requests may take at the end.")] = 30.0,
     predictor_host: Annotated[str | None, typer.Option(help="HOST[:PORT] of a Triton that runs the graph.")] = None,
     predictor_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for it.")] = 30.0,
     predictor_request_timeout_seconds: Annotated[float | None, typer.Option(min=0.1, hidden=True)] = None,
     predictor_use_ssl: Annotated[str, typer.Option(hidden=True)] = "false",
     predictor_protocol: Annotated[str, typer.Option(hidden=True)] = "v2",
     http_port: Annotated[int | None, typer.Option(hidden=True)] = None,
-    workers: Annotated[int, typer.Option(hidden=True)] = 1,
 ) -> None:
-    """Serve a bundle on the Open Inference Protocol v2 (REST). Ctrl-C or SIGTERM drains and ends.
+    """Serve a bundle: triage of a visit, a page for it at /, the Open Inference Protocol v2, /metrics.
+
+    Ctrl-C or SIGTERM drains and ends. A token, if requests must bring one, comes from the environment
+    (LESIONFLOW_TOKEN) or --token-file.
 
     With --predictor-host it decodes and calibrates, and Triton runs the graph. The options that KServe
     adds to a transformer's command (--model_name, --predictor_host, --http_port, ...) are understood.
@@ -453,6 +463,7 @@ def serve(
     Example: lesionflow serve runs/first/bundle --port 8080
     """
     from lesionflow.serving.app import serve as run_server
+    from lesionflow.serving.settings import with_limits
 
     if predictor_protocol != "v2":
         raise UsageError(f"--predictor_protocol {predictor_protocol}: v2 is the one that is spoken here")
@@ -460,6 +471,8 @@ def serve(
         bundle, host=host, port=http_port or port, threads=threads, ready_file=ready_file, name=model_name,
         predictor_host=predictor_host, predictor_timeout=predictor_request_timeout_seconds or predictor_timeout,
         predictor_tls=predictor_use_ssl.lower() in ("true", "1", "yes"),
+        limits=with_limits(limit or []), token=read_token(token_file), grace=grace,
+        workers=None if predictor_host else workers,  # One process waits for many answers at a time.
     )  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import os
 import signal
 import socket
@@ -20,24 +22,54 @@ from lesionflow.keys import write_json
 from lesionflow.serving.predictor import Predictor
 from lesionflow.serving.protocol import ServiceLimits
 from lesionflow.serving.remote import TIMEOUT, Remote
+from lesionflow.serving.settings import Settings
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+BACKLOG = 1024
+"""Connections that the kernel keeps until they are accepted."""
+REFRESH = 5.0
+"""Seconds between two looks at what other workers tell of this one."""
 
 
-def create_app(bundle: Path | Predictor, *, limits: ServiceLimits | None = None, name: str | None = None) -> Starlette:
+def create_app(
+    bundle: Path | Predictor,
+    *,
+    limits: ServiceLimits | None = None,
+    name: str | None = None,
+    token: str | None = None,
+) -> Starlette:
     """The ASGI application, for a server of one's own. Raises `DataError` if the bundle was tampered with.
 
-    The model is served under the bundle's name, and under `name`. The application checks the reference
-    lesions in a thread when it starts, and is ready once they came out right.
+    The model is served under the bundle's name, and under `name`. With a `token`, requests must bring it. The
+    application checks the reference lesions in a thread when it starts, and is ready once they came out right.
+
+    `serve` also holds connections to limits, which a server of one's own has to do for itself: see `guard`.
     """
     try:
+        from starlette.responses import Response
+        from starlette.routing import Route
+
+        from lesionflow.serving import pages
         from lesionflow.serving.endpoints import application
         from lesionflow.serving.service import Service
+        from lesionflow.serving.telemetry import Telemetry
     except ImportError as error:
         raise missing_extra(error.name or "starlette", "serve") from None
     predictor = bundle if isinstance(bundle, Predictor) else Predictor(bundle)
-    return application(Service(predictor, limits or ServiceLimits(), name))
+    service = Service(predictor, limits or ServiceLimits(), name)
+    app = application(service, token=token)
+    telemetry = app.state.telemetry = Telemetry(service)
+
+    async def metrics(request: Request) -> Response:
+        body, kind = await asyncio.to_thread(telemetry.render)
+        return Response(body, headers={"Content-Type": kind})
+
+    app.router.routes += [Route("/metrics", metrics), *pages.routes()]
+    return app
 
 
 def serve(
@@ -49,7 +81,10 @@ def serve(
     limits: ServiceLimits | None = None,
     ready_file: Path | None = None,
     grace: float = 30.0,
+    linger: float = 1.0,
     name: str | None = None,
+    token: str | None = None,
+    workers: int | None = None,
     predictor_host: str | None = None,
     predictor_tls: bool = False,
     predictor_timeout: float = TIMEOUT,
@@ -57,7 +92,11 @@ def serve(
     """Serve a bundle until SIGTERM or Ctrl-C, then finish the requests that have begun, and return.
 
     Port 0 takes a free one. Once requests are taken, one line with the URL goes to stdout, and to
-    `ready_file` as JSON (`url`, `pid`). Requests still running `grace` seconds after the signal are cut off.
+    `ready_file` as JSON (`url`, `pid`). After the signal no connection is accepted; for `linger` seconds requests on
+    open ones are still answered, and those still running after `grace` seconds are cut off.
+
+    With `workers` so many processes answer on the one port: SIGHUP replaces them one after another, each once its
+    successor is ready, and one that crashed is replaced. See `workers.supervise`.
 
     `name` is a second name for the model. With a `predictor_host` (HOST, HOST:PORT or URL) this process
     decodes and calibrates, and the graph runs there: see `remote.Remote`. The service then starts at once,
@@ -69,49 +108,98 @@ def serve(
     Raises `UsageError` for an address that can't be had, `DataError` for a bundle that was tampered
     with, `GateRefused` if its reference lesions aren't reproduced on this machine.
     """
-    try:
-        import uvicorn
-    except ImportError:
-        raise missing_extra("uvicorn", "serve") from None
+    settings = Settings(
+        Path(bundle), limits or ServiceLimits(), threads, name, token, grace, linger,
+        predictor_host, predictor_tls, predictor_timeout,
+    )  # fmt: skip
     with _listen(host, port) as listener:
-        opened = Bundle.open(_real(Path(bundle)))
-        if not opened.pictures:
-            raise UsageError(
-                f"{bundle}: knows metadata alone, and the service takes pictures; use `lesionflow predict`"
-            )
-        graph = Remote(opened, predictor_host, tls=predictor_tls, timeout=predictor_timeout) if predictor_host else None
-        app = create_app(Predictor(opened, threads, graph=graph), limits=limits, name=name)
-        if graph is None:
-            app.state.service.check()
         url = _url(listener)
 
-        def announce() -> None:
-            sys.stdout.write(f"{url} serves {app.state.service.name}; Ctrl-C ends it. {NOTICE}\n")
+        def announce(served: str) -> None:
+            sys.stdout.write(f"{url} serves {served}; Ctrl-C ends it. {NOTICE}\n")
             sys.stdout.flush()
             if ready_file is not None:
                 write_json(Path(ready_file), {"url": url, "pid": os.getpid()})
 
-        class Server(uvicorn.Server):
-            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                await super().startup(sockets)
-                if self.started:
-                    announce()
+        if workers is None:
+            answer(listener, settings, announce)
+        else:
+            from lesionflow.serving.workers import supervise
 
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=max(1, round(grace)),
+            supervise(listener, settings, workers, announce)
+
+
+def answer(listener: socket.socket, settings: Settings, ready: Callable[[str], None]) -> None:
+    """Serve on a socket that listens, in this process; `ready` hears the model's name once requests are taken."""
+    try:
+        import uvicorn
+
+        from lesionflow.serving.access import JsonLines
+        from lesionflow.serving.guard import Guard
+        from lesionflow.serving.telemetry import FOLDER
+    except ImportError as error:
+        raise missing_extra(error.name or "uvicorn", "serve") from None
+    opened = Bundle.open(_real(settings.bundle))
+    if not opened.pictures:
+        raise UsageError(
+            f"{settings.bundle}: knows metadata alone, and the service takes pictures; use `lesionflow predict`"
         )
-        server = Server(config)
+    graph = None
+    if settings.predictor_host:
+        graph = Remote(
+            opened, settings.predictor_host, tls=settings.predictor_tls, timeout=settings.predictor_timeout
+        )  # fmt: skip
+    predictor = Predictor(opened, settings.threads, graph=graph)
+    app = create_app(predictor, limits=settings.limits, name=settings.name, token=settings.token)
+    if graph is None:
+        app.state.service.check()
+    telemetry = app.state.telemetry
+    guard = Guard(settings.limits, telemetry.refused)
 
-        def stop() -> None:
-            server.should_exit = True
+    async def refresh() -> None:
+        while os.environ.get(FOLDER):
+            await asyncio.to_thread(telemetry.refresh)
+            await asyncio.sleep(REFRESH)
 
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                self.tasks = [asyncio.create_task(guard.watch()), asyncio.create_task(refresh())]
+                ready(app.state.service.name)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for server in self.servers:
+                server.close()
+            await guard.drain(settings.linger)
+            await super().shutdown(sockets)
+            for task in self.tasks:
+                task.cancel()
+
+    config = uvicorn.Config(
+        app,
+        http=guard.protocol(),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=round(settings.limits.idle),
+        timeout_graceful_shutdown=max(1, round(settings.grace)),
+    )
+    server = Server(config)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    lines = JsonLines(logging.WARNING)
+    logging.getLogger().addHandler(lines)
+    try:
         with _on_signal(stop):
             server.run(sockets=[listener])
+    finally:
+        logging.getLogger().removeHandler(lines)
 
 
 @contextmanager
@@ -142,7 +230,7 @@ def _real(bundle: Path) -> Path:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=128)
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
         # asyncio sets it only on sockets that name their protocol: an answer's second packet would wait 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener

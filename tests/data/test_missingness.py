@@ -103,3 +103,28 @@ def test_real_and_synthetic_sets(real_data: Path, synthetic: Path) -> None:
         rows = read_metadata(path / "train-metadata.csv")
         refuse(rows, rows["target"].to_numpy())
         assert check_missing(read_cells(path / "train-metadata.csv"), rows["target"].to_numpy()) == []
+
+
+def test_what_features_take_for_unknown_is_empty() -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(2000) < 200
+    off = np.where(y, rng.random(2000) < 0.6, rng.random(2000) < 0.05)
+    wrong = {"age_approx": -1.0, "sex": "divers", "tbp_lv_L": 1e6}
+    for name, value in wrong.items():
+        usual = "male" if name == "sex" else 50.0
+        made = table(2000).with_columns(
+            pl.when(pl.Series(off)).then(pl.lit(value)).otherwise(pl.lit(usual)).alias(name)
+        )
+        assert [one.column for one in check_missing(made, y)] == [name]
+
+
+def test_blanks_here_and_there_add_up() -> None:
+    rng = np.random.default_rng(1)
+    y = np.arange(4000) < 400
+    names = [c.name for c in INPUTS if c.kind == "number"]
+    share = np.where(y, 0.05, 0.02)
+    made = table(4000, {name: rng.random(4000) < share for name in names})
+    found = check_missing(made, y)
+    assert found and all("or more columns" in one.column for one in found), "no column alone is reason enough"
+    with pytest.raises(DataError, match=r"or more columns \(empty: .* empty e\.g\. in ISIC_"):
+        refuse(made, y, ids=made["isic_id"].to_list())

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from lesionflow.data.schema import TEST_COLUMNS
+from lesionflow.data.schema import BY_NAME, TEST_COLUMNS
 from lesionflow.errors import DataError
 
 DIFFERENCE = 0.1
@@ -47,9 +47,11 @@ class Missing:
 def check_missing(table: pl.DataFrame, targets: ArrayLike) -> list[Missing]:
     """The columns of metadata [N], typed or as text, whose emptiness tells of `targets` [N] 0/1, strongest first.
 
-    Empty is null, NaN, an empty text or "Unknown". A column is reported if the shares of empty cells differ by
+    Empty is whatever the features take for unknown: null, NaN, an empty text, "Unknown", a number outside the schema's
+    range, a word outside its vocabulary. A column is reported if the shares of empty cells differ by
     `DIFFERENCE` or more, and Fisher's exact test gives that a probability of `CHANCE` at most, divided by the number
-    of columns. `patient_id` is looked at too: a lesion without one has no context. Columns known only at training
+    of comparisons. So is how many cells of a lesion are empty ("5 or more columns"), as blanks here and there add up.
+    `patient_id` is looked at too: a lesion without one has no context. Columns known only at training
     time and `isic_id` are no inputs and aren't. Blanks at random, whatever their share, are not reported.
     Raises `DataError` if the lengths differ.
     """
@@ -63,17 +65,25 @@ def check_missing(table: pl.DataFrame, targets: ArrayLike) -> list[Missing]:
     sizes = (int(malignant.sum()), int(benign.sum()))
     logs = np.append(0.0, np.cumsum(np.log(np.arange(1, sum(sizes) + 1))))
     found = []
-    for name in names:
-        empty = _empty(table[name])
+    for name, empty in _looked_at(table, names).items():
         counts = (int(empty[malignant].sum()), int(empty[benign].sum()))
         shares = (counts[0] / sizes[0], counts[1] / sizes[1])
         apart = abs(shares[0] - shares[1])
         if apart < DIFFERENCE:
             continue
         probability = fisher(counts[0], counts[1], *sizes, logs)
-        if probability <= CHANCE / len(names):
+        if probability <= CHANCE / (2 * len(names)):
             found.append(Missing(name, *shares, 0.5 + apart / 2, probability))
-    return sorted(found, key=lambda one: -one.auc)
+    found.sort(key=lambda one: -one.auc)
+    # Where columns tell by themselves, that they tell together is no news.
+    return [one for one in found if one.column in table.columns] or found[:1]
+
+
+def _looked_at(table: pl.DataFrame, names: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    """Which lesions [N] are empty in each column, and in so many columns that it tells most or more."""
+    empty = {name: _empty(table[name]) for name in names}
+    count = np.sum(list(empty.values()), axis=0)
+    return empty | {f"{least} or more columns": count >= least for least in range(2, len(names) + 1)}
 
 
 def refuse(table: pl.DataFrame, targets: ArrayLike, *, ids: Sequence[str] | None = None) -> None:
@@ -85,21 +95,41 @@ def refuse(table: pl.DataFrame, targets: ArrayLike, *, ids: Sequence[str] | None
     if not found:
         return
     shown = "; ".join(map(str, found[:4])) + ("; ..." if len(found) > 4 else "")
-    empty = np.flatnonzero(_empty(table[found[0].column]))[:3]
+    names = [name for name in table.columns if name in TEST_COLUMNS and name != "isic_id"]
+    empty = np.flatnonzero(_looked_at(table, names)[found[0].column])[:3]
     named = f", empty e.g. in {', '.join(str(ids[i]) for i in empty)}" if ids is not None else ""
     raise DataError(
-        f"metadata: whether {len(found):,} column{'s are' if len(found) > 1 else ' is'} filled gives the label away: "
+        f"metadata: whether {_counted(found)} filled gives the label away: "
         f"{shown}{named}. A model would learn that, and its figures would not hold: use rows that were filled alike, "
         'train on pictures alone, or say that it is meant (tabular.missing = "allow")'
     )
 
 
+def _counted(found: Sequence[Missing]) -> str:
+    return (
+        f"{len(found):,} columns are"
+        if len(found) > 1
+        else "1 column is"
+        if " " not in found[0].column
+        else "cells are"
+    )
+
+
 def _empty(cells: pl.Series) -> NDArray[np.bool_]:
-    empty = cells.is_null()
-    if cells.dtype == pl.String:
-        empty |= cells.str.strip_chars().str.to_lowercase().is_in(list(_NOT_VALUES)).fill_null(True)
-    elif cells.dtype.is_float():
-        empty |= cells.is_nan().fill_null(True)
+    column, empty = BY_NAME[cells.name], cells.is_null()
+    if cells.dtype == pl.String and column.kind != "number":
+        words = cells.str.strip_chars().str.to_lowercase()
+        empty |= words.is_in(list(_NOT_VALUES)).fill_null(True)
+        if column.values:
+            empty |= ~words.is_in([value.lower() for value in column.values]).fill_null(False)
+        return empty.to_numpy()
+    numbers = cells.cast(pl.Float64, strict=False)
+    empty |= ~numbers.is_finite().fill_null(False)
+    for off in (
+        None if column.low is None else numbers < column.low,
+        None if column.high is None else numbers > column.high,
+    ):
+        empty |= False if off is None else off.fill_null(True)
     return empty.to_numpy()
 
 

@@ -221,13 +221,15 @@ def smoke(run: Path, url: str | None = None) -> dict[str, Any]:
     """
     from lesionflow.bundle import Bundle
     from lesionflow.client import ask
+    from lesionflow.options import read_token
     from lesionflow.serving.predictor import SMOKE_TOLERANCE
 
     url = url or keys.read_json(run / "deploy.json")["url"]
     bundle = Bundle.open(run / "bundle")
     stored = bundle.answers()
     started = time.monotonic()
-    answers = ask(url, [bundle.path / "reference" / entry["file"] for entry in stored])
+    # The service was started with the token of this very environment, if there is one.
+    answers = ask(url, [bundle.path / "reference" / entry["file"] for entry in stored], token=read_token(None))
     worst = max(abs(answer["logit"] - entry["logit"]) for answer, entry in zip(answers, stored, strict=True))
     result = {
         "url": url,

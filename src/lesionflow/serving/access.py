@@ -4,17 +4,22 @@
      "ms": 812.4, "lesions": 241, "bytes": 723456}
 
 The line names the route's template, never the path, a file, an id or anything else that came with the request. What the
-server itself logs becomes such a line too, without tracebacks: an error's text might quote a request.
+server itself logs becomes such a line too, without tracebacks: an error's text might quote a request. Health checks and
+scrapes that went well are too many to be worth a line.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import hmac
 import json
 import logging
+import os
+import queue
 import re
-import sys
+import threading
 import time
 import uuid
 from datetime import UTC, datetime
@@ -35,6 +40,10 @@ HEADERS = (
 """Of every answer that has none of its own by that name."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 """Named in logs and metrics; any other is `other`, so that no client can make up names."""
+OFTEN = re.compile(r"/v2/health/\w+|/v2/models/\{name\}(/versions/\{version\})?/ready|/metrics")
+"""Routes that are asked all the time."""
+MOST_LINES = 10_000
+"""Of the log, that wait to be written."""
 NOWHERE = "(none)"
 """The route of a request that no endpoint answered."""
 GONE = 499
@@ -42,11 +51,55 @@ GONE = 499
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
+class _Lines:
+    """Lines to stderr from a thread of their own: whoever doesn't read them must not hold up the answers."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[bytes] = queue.Queue(MOST_LINES)
+        self._lost = 0
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def put(self, line: dict[str, Any]) -> None:
+        if self._thread is None:
+            with self._lock:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._write, daemon=True, name="log")
+                    self._thread.start()
+                    atexit.register(self.flush)
+        if self._lost and not self._waiting.full():
+            line, self._lost = line | {"lines_lost": self._lost}, 0
+        try:
+            self._waiting.put_nowait(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        except queue.Full:
+            self._lost += 1
+
+    def flush(self, seconds: float = 1.0) -> None:
+        until = time.monotonic() + seconds
+        while self._waiting.unfinished_tasks and time.monotonic() < until:
+            time.sleep(0.005)
+
+    def _write(self) -> None:
+        while True:
+            line = self._waiting.get()
+            # Not through sys.stderr, whose lock would be held at the interpreter's end.
+            with contextlib.suppress(OSError):
+                while line:
+                    line = line[os.write(2, line) :]
+            self._waiting.task_done()
+
+
+_lines = _Lines()
+
+
 def log(level: str, **fields: Any) -> None:
-    """One line of JSON to stderr."""
-    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level, **fields}
-    sys.stderr.write(json.dumps(line, separators=(",", ":")) + "\n")
-    sys.stderr.flush()
+    """One line of JSON to stderr, soon; lost, but counted, if thousands wait there already."""
+    _lines.put({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level, **fields})
+
+
+def flush() -> None:
+    """Wait, for a second at most, until what was logged is written."""
+    _lines.flush()
 
 
 class JsonLines(logging.Handler):
@@ -120,7 +173,7 @@ class Access:
             status = state.get("ended", status) or GONE
             if telemetry is not None:
                 telemetry.ended(method, route, status, seconds, state.get("limit"))
-            if not self._quiet:
+            if not self._quiet and not (status in (200, 503) and OFTEN.fullmatch(route)):
                 extra = {name: state[name] for name in ("lesions", "limit") if state.get(name) is not None}
                 log(
                     "warning" if status >= 500 else "info", request_id=request_id, method=method, route=route,

@@ -170,6 +170,7 @@ async def _infer(request: Request) -> Response:
             outputs = await service.logits(pixels)
             answers = await service.in_thread(service.predictor.answers, pixels, *outputs)
             service.answered([answer.band for answer in answers])
+            request.state.lesions = len(answers)
             answer, json_length = render(asked, answers, request.path_params["name"], VERSION)
     if json_length is None:
         return Response(answer, media_type="application/json")
@@ -200,6 +201,7 @@ def _readiness(service: Service, extra: dict[str, Any]) -> Response:
 
 async def _request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
+    request.state.limit = error.limit
     content = error.to_dict() | {"request_id": request.state.request_id}
     return JSONResponse(content, error.http_status, error.headers)
 

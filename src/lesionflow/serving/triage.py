@@ -77,6 +77,7 @@ async def _triage(request: Request) -> Response:
         async with service.in_time():
             answer = await _answer(service, asked)
     answer["request_id"] = request.state.request_id
+    request.state.lesions = len(answer["lesions"])
     answer["summary"]["seconds"] = round(time.perf_counter() - started, 3)
     body = json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
     return Response(body, media_type="application/json")

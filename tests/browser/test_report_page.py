@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import zlib
 from pathlib import Path
 
@@ -24,62 +23,8 @@ def load(path: Path):
 
 
 sample = load(Path(__file__).parents[1] / "reporting" / "sample.py")
-fetch = load(Path(__file__).with_name("fetch.py"))
-QUIET = (
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+check = load(Path(__file__).with_name("sound.py")).check
 VIEWS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
-AXE = "() => axe.run(document, {resultTypes: ['violations']})"
-OVERFLOW = """() => [document.documentElement.scrollWidth, document.documentElement.clientWidth,
-  ...[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1
-    && !e.closest('.scroll, pre')).slice(0, 3).map(e => e.outerHTML.slice(0, 80))]"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'lesionflow[dev]'")
-    program = fetch.chromium() or pytest.skip(fetch.NO_CHROMIUM)
-    arguments = [*QUIET, "--no-sandbox"] if os.geteuid() == 0 else list(QUIET)
-    # Closed with the module: as long as it runs, this thread has an event loop that asyncio.run won't share.
-    with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=program, args=arguments)
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
-def axe():
-    if not fetch.AXE_PATH.exists():
-        pytest.skip(fetch.NO_AXE)
-    return fetch.AXE_PATH.read_text()
-
-
-@pytest.fixture
-def visit(browser):
-    """Open a page: `visit(path, width, scheme)` -> page; it collects in `page.told` what it says and asks for."""
-    contexts = []
-
-    def go(path: Path, width: int = 1280, scheme: str = "light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.told = []
-        page.on("console", lambda message: page.told.append(message.text))
-        page.on("pageerror", lambda error: page.told.append(str(error)))
-        page.on(
-            "request",
-            lambda request: request.url.startswith(("file:", "data:")) or page.told.append(request.url),
-        )
-        page.goto(path.as_uri())
-        return page
-
-    yield go
-    for context in contexts:
-        context.close()
 
 
 def scored(metadata: Path, seed: int = 0):
@@ -122,23 +67,6 @@ def pages(tmp_path_factory, synthetic):
         write_report(folder / f"{name}.html", metrics, table, context, **more)
     write_gallery(folder / "gallery.html", sample.gallery(), sample.context() | {"synthetic": False})
     return folder
-
-
-def check(page, axe: str) -> None:
-    """All of a page: quiet, no wider than the window, and nothing serious by axe-core, hidden tables opened."""
-    page.evaluate("() => document.querySelectorAll('details').forEach(e => { e.open = true })")
-    width, window, *wide = page.evaluate(OVERFLOW)
-    assert width <= window, f"the page is {width} wide in a window of {window}: {wide}"
-    assert page.told == []
-    page.evaluate(axe)
-    violations = page.evaluate(AXE)["violations"]
-    serious = [
-        f"{one['id']}: {one['help']}: {node['html'][:120]}"
-        for one in violations
-        if one["impact"] in ("serious", "critical")
-        for node in one["nodes"][:3]
-    ]
-    assert serious == []
 
 
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)

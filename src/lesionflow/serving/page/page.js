@@ -234,7 +234,9 @@ function clear() {
   for (const url of urls.values()) URL.revokeObjectURL(url);
   urls.clear(); rows.clear(); heatmaps.clear(); only.clear(); photos.clear(); // Cleared here, not kept anywhere else.
   csv = null; leftOut = []; lesions = []; shown = []; answer = null; current = null; heat = false;
-  $("list").replaceChildren(); $("panel").replaceChildren(); $("find").value = ""; $("sort").value = "rank";
+  for (const part of ["list", "panel", "summary-text", "bands", "shown", "said"]) $(part).replaceChildren();
+  $("errors").querySelector("ul").replaceChildren();
+  $("find").value = ""; $("sort").value = "rank";
   document.title = "Triage of a visit";
   complain("");
   stage("intake");

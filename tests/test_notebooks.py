@@ -106,6 +106,11 @@ def test_03_is_answered_by_the_model_and_cleans_up(ran: dict[str, nbformat.Noteb
     scores = [float(score) for score in re.findall(r"^\d\. \S+  (\d\.\d{3})$", text, re.MULTILINE)]
     assert len(scores) == 5
     assert scores == sorted(scores, reverse=True)
+    visit, compared = map(int, re.search(r"(\d+) lesions, (\d+) compared with each other", text).groups())  # type: ignore[union-attr]
+    assert visit == compared > 1
+    ranked = re.findall(r"^(\d): \S+  (\d\.\d{5})", text, re.MULTILINE)
+    assert [int(rank) for rank, _ in ranked] == list(range(1, min(visit, 5) + 1))
+    assert [p for _, p in ranked] == sorted((p for _, p in ranked), reverse=True)
     pictures = [o for cell in code(notebook) for o in cell.outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == 1
     sent, floats, ratio = (

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from lesionflow.bundle import write_manifest
 from lesionflow.data.images import Limits
+from lesionflow.serving.access import flush
 from lesionflow.serving.app import create_app
 from lesionflow.serving.protocol import ServiceLimits
 
@@ -180,7 +181,7 @@ def test_unknown_models_paths_and_methods(client, encode):
     assert client.get("/v2/models/tiny/versions/2").status_code == 404
     assert client.get("/v1/models").status_code == 404
     assert client.get(INFER).status_code == 405
-    for response in (client.get("/v2/models/other"), client.get("/"), client.get(INFER)):
+    for response in (client.get("/v2/models/other"), client.get("/v3"), client.get(INFER)):
         assert "error" in response.json()
 
 
@@ -188,7 +189,7 @@ def test_a_compressed_body_is_refused(client):
     assert client.post(INFER, content=b"x", headers={"Content-Encoding": "gzip"}).status_code == 415
 
 
-def test_an_error_inside_is_500_and_its_text_is_not_logged(bundle_dir, encode, caplog, capsys, monkeypatch):
+def test_an_error_inside_is_500_and_its_text_is_not_logged(bundle_dir, encode, caplog, capfd, monkeypatch):
     app = create_app(bundle_dir)
 
     def fail(pixels):
@@ -199,7 +200,8 @@ def test_an_error_inside_is_500_and_its_text_is_not_logged(bundle_dir, encode, c
         monkeypatch.setattr(app.state.service.predictor.graph, "logits", fail)
         response = ask(client, [encode(0)])
     assert response.status_code == 500
-    logged = capsys.readouterr().err
+    flush()
+    logged = capfd.readouterr().err
     assert "ISIC_0000001" not in response.text + caplog.text + logged
     assert '"error":"RuntimeError"' in logged and response.json()["request_id"] in logged
 

@@ -180,6 +180,7 @@ def answer(listener: socket.socket, settings: Settings, ready: Callable[[str], N
         app,
         http=guard.protocol(),
         ws="none",
+        proxy_headers=False,
         lifespan="on",
         log_config=None,
         access_log=False,

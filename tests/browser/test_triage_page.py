@@ -373,8 +373,9 @@ def test_two_thousand_lesions_stay_quick(stub, photos):
         document.querySelector('#sort').value = 'name'; arrange(); document.body.offsetHeight;
         for (let i = 0; i < 20; i++) step(1); return performance.now() - t }""")
     assert took < 5000, f"{took:.0f} ms for sorting and twenty steps"
-    page.keyboard.press("End")
-    page.wait_for_timeout(500)
+    for place in range(0, 2000, 200):
+        page.locator(".row").nth(place).scroll_into_view_if_needed()
+        page.wait_for_timeout(100)
     assert page.locator(".crop img[src]").count() < 60, "those far from it let theirs go"
 
 

@@ -222,10 +222,10 @@ class GuardedProtocol(HttpToolsProtocol):
             b"\r\n",
             body,
         ]
-        self.transport.write(b"".join(lines))
         if said:  # Else the application's own line says so.
             log("warning", request_id=request_id, route=NOWHERE, status=status, **({"limit": limit} if limit else {}))
             self.guard.refused(limit or "http")
+        self.transport.write(b"".join(lines))
         self.linger()
 
     def linger(self) -> None:

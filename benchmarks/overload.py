@@ -62,6 +62,8 @@ class Client:
 
     async def send(self, due: float, seen: Seen) -> None:
         try:
+            while self.free and self.free[-1][0].at_eof():
+                self.free.pop()[1].close()  # Idle for too long: the service closed it.
             reader, writer = self.free.pop() if self.free else await asyncio.open_connection("127.0.0.1", self.port)
             seen.late = max(seen.late, time.perf_counter() - due)
             writer.write(self.request)

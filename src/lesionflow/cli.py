@@ -250,6 +250,8 @@ def predict(
         return
     used = ", ".join(f"{count:,} by {mode.replace('_', ' and ')}" for mode, count in result["modes"].items())
     typer.echo(f"{result['out']}: {result['rows']:,} rows ({used}), {result['images_per_second']:,} images/s")
+    if result["note"]:
+        typer.echo(result["note"], err=True)
     for skipped in result["skipped"]:
         typer.echo(f"left out {skipped['isic_id']}: {skipped['reason']}", err=True)
 

@@ -200,6 +200,7 @@ def predict_files(
     scores: dict[str, float] = {}
     skipped: list[dict[str, str]] = []
     joined: VisitScores | None = None
+    note: str | None = None
     with open_source(images, part, metadata) as source:
         ids = source.ids
         if len(set(ids)) != len(ids):
@@ -214,6 +215,8 @@ def predict_files(
             raise UsageError(f"{predictor.bundle.path}: knows metadata alone: name a CSV with --metadata")
         if source.metadata is not None and predictor.bundle.info.get("visit"):
             joined = _join(predictor, source.metadata, seen)
+            if "patient_id" not in source.metadata.columns:
+                note = "the metadata has no patient_id: each lesion stands alone, compared with no other"
             scores |= joined.probability
     if not scores:
         first = f", first {skipped[0]['isic_id']}: {skipped[0]['reason']}" if skipped else ""
@@ -232,6 +235,7 @@ def predict_files(
         "skipped": skipped,
         "skipped_score": mean if skipped else None,
         "modes": joined.counts if joined else {"image": len(scores)},
+        "note": note,
         "model": predictor.bundle.name,
         "bundle": predictor.bundle.version,
         "seconds": round(seconds, 3),

@@ -1,0 +1,174 @@
+"""A visit in, a ranked list out: the service's answers are the bundle's own, whatever came and however it came."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+
+import httpx
+import polars as pl
+import pytest
+
+from lesionflow.bundle import probability_interval
+from lesionflow.data.source import open_source
+from lesionflow.serving.predictor import Predictor
+from lesionflow.serving.visit import Visits
+
+WITHHELD = ("target", "patient_id")
+
+
+@pytest.fixture(scope="module")
+def visit(finished, synthetic):
+    """The largest patient's pictures and metadata."""
+    with open_source(synthetic) as source:
+        table = source.metadata
+        patient = table.group_by("patient_id").len().sort("len", "patient_id", descending=True)["patient_id"][0]
+        table = table.filter(pl.col("patient_id") == patient).head(12)
+        return [(name, source.read(name)) for name in table["isic_id"]], table
+
+
+@pytest.fixture(scope="module")
+def http(start, finished):
+    with start(finished / "bundle") as running, httpx.Client(base_url=running.url, timeout=60) as client:
+        yield client
+
+
+def form(images, table=None, **options):
+    files = [("images", (f"{name}.jpg", data, "image/jpeg")) for name, data in images]
+    if table is not None:
+        kept = table.select(c for c in table.columns if c not in WITHHELD and not c.startswith(("iddx", "mel_")))
+        files.append(("metadata", ("visit.csv", kept.write_csv().encode(), "text/csv")))
+    return {"files": files, "data": {"options": json.dumps(options)} if options else None}
+
+
+def by_id(answer) -> dict:
+    return {lesion["id"]: lesion for lesion in answer["lesions"]}
+
+
+def test_the_answers_are_the_bundles_own(http, finished, visit):
+    images, table = visit
+    answer = http.post("/v1/triage", **form(images, table, reasons=True)).raise_for_status().json()
+    visits = Visits(Predictor(finished / "bundle"))
+    expected = {one.isic_id: one for one in visits.predict([data for _, data in images], table)}
+    found = by_id(answer)
+    assert list(found) == [one["id"] for one in answer["lesions"]] and set(found) == set(expected)
+    for name, one in expected.items():
+        lesion = found[name]
+        assert (lesion["mode"], lesion["band"]) == (one.mode, one.band)
+        assert lesion["probability"] == pytest.approx(one.probability, abs=1e-6)
+        assert lesion["scores"] == pytest.approx(one.scores, abs=1e-6)
+        assert lesion["reasons"] == list(one.reasons) and lesion["doubts"] == list(one.doubts)
+        ends = probability_interval(lesion["logit"], visits.modes[one.mode]["calibration"])
+        assert (lesion["interval"] is None) == (ends is None)
+        if ends:
+            assert [lesion["interval"]["low"], lesion["interval"]["high"]] == pytest.approx(ends)
+            assert ends[0] < lesion["probability"] < ends[1]
+    ranks = [(one["rank"], -one["probability"]) for one in answer["lesions"]]
+    assert ranks == sorted(ranks) and ranks[0][0] == 1
+    assert answer["served"] == "image_visit" and answer["context"]["lesions"] == len(images)
+    assert sum(answer["summary"]["bands"].values()) == len(images) == answer["summary"]["lesions"]
+    assert answer["notice"] == "Not a medical device."
+
+
+def test_json_says_the_same_as_a_form(http, visit):
+    images, table = visit
+    rows = table.select(c for c in table.columns if c not in WITHHELD).drop("isic_id").to_dicts()
+    lesions = [
+        {"id": name, "image": base64.b64encode(data).decode(), "metadata": row}
+        for (name, data), row in zip(images, rows, strict=True)
+    ]
+    theirs = http.post("/v1/triage", json={"lesions": lesions}).raise_for_status().json()
+    ours = http.post("/v1/triage", **form(images, table)).raise_for_status().json()
+    for one, other in zip(theirs["lesions"], ours["lesions"], strict=True):
+        # Another batch, so the last digits may differ.
+        assert one["id"] == other["id"] and one["probability"] == pytest.approx(other["probability"], abs=1e-6)
+        assert one["band"] == other["band"] and one["reasons"] == other["reasons"]
+
+
+def test_a_bad_picture_is_named_and_the_others_are_answered(http, visit):
+    images, table = visit
+    broken = [*images[:3], (images[3][0], b"\xff\xd8 nothing"), ("extra", b"GIF89a")]
+    answer = http.post("/v1/triage", **form(broken, table.head(4))).raise_for_status().json()
+    assert {error["id"]: error["position"] for error in answer["errors"]} == {images[3][0]: 3, "extra": 4}
+    found = by_id(answer)
+    assert found[images[3][0]]["mode"] == "visit" and found[images[3][0]]["band"] == "cannot judge"
+    last = answer["lesions"][-1]
+    assert (last["id"], last["mode"], last["probability"]) == ("extra", None, None)
+    assert answer["summary"]["judged"] <= 3
+
+
+def test_pictures_alone_and_metadata_alone(http, finished, visit):
+    images, table = visit
+    alone = http.post("/v1/triage", **form(images)).raise_for_status().json()
+    assert alone["summary"]["modes"] == {"image": len(images)} and "without metadata" in alone["context"]["note"]
+    expected = Predictor(finished / "bundle").predict([data for _, data in images])
+    logits = {name: one.logit for (name, _), one in zip(images, expected, strict=True)}
+    assert {one["id"]: one["logit"] for one in alone["lesions"]} == pytest.approx(logits, abs=1e-5)
+    bare = http.post("/v1/triage", **form([], table)).raise_for_status().json()
+    assert bare["summary"]["modes"] == {"visit": len(table)} and bare["summary"]["judged"] == 0
+    single = http.post("/v1/triage", **form(images[:1], table.head(1))).raise_for_status().json()
+    assert single["lesions"][0]["mode"] == "image_record"
+
+
+def test_reasons_are_for_the_highest_ranked(http, visit):
+    images, table = visit
+    every = http.post("/v1/triage", **form(images, table, reasons=True)).json()["lesions"]
+    some = http.post("/v1/triage", **form(images, table, reasons=4)).json()["lesions"]
+    assert [one["reasons"] for one in some[:4]] == [one["reasons"] for one in every[:4]]
+    assert not any(one["reasons"] for one in some[4:])
+    assert not any(
+        one["reasons"] for one in http.post("/v1/triage", **form(images, table, reasons=False)).json()["lesions"]
+    )
+
+
+def test_heat_maps_come_for_those_asked_for(http, visit):
+    images, table = visit
+    maps = http.get("/v1/model").json()["maps"]
+    answer = http.post("/v1/triage", **form(images, table, heatmaps=[images[2][0]]))
+    if not maps:
+        assert answer.status_code == 422 and "no heat maps" in answer.json()["error"]
+        return
+    drawn = [one["id"] for one in answer.json()["lesions"] if one["heatmap"]]
+    assert drawn == [images[2][0]]
+    picture = base64.b64decode(by_id(answer.json())[images[2][0]]["heatmap"].partition(",")[2])
+    assert picture.startswith(b"\x89PNG")
+
+
+TWO = "isic_id,patient_id\na,P1\nb,P2\n"
+FAULTS = {
+    "two patients": ({"files": [("metadata", ("m.csv", TWO))]}, 422, "2 patients"),
+    "one id twice": ({"files": [("images", ("a.jpg", b"x")), ("images", ("a.png", b"y"))]}, 422, "'a' comes twice"),
+    "a word among numbers": ({"files": [("metadata", ("m.csv", "isic_id,age_approx\na,old\n"))]}, 422, "age_approx"),
+    "a ragged line": ({"files": [("metadata", ("m.csv", "isic_id,sex\na\n"))]}, 422, "line 2"),
+    "no isic_id": ({"files": [("metadata", ("m.csv", "sex\nmale\n"))]}, 422, "isic_id"),
+    "an unknown part": ({"files": [("photos", ("a.jpg", b"x"))]}, 400, "'photos'"),
+    "nothing": ({"json": {"lesions": []}}, 422, "no lesions"),
+    "nothing that can be scored": ({"files": [("images", ("a.jpg", b"x"))]}, 422, "nothing can be scored"),
+    "no base64": ({"json": {"lesions": [{"id": "a", "image": "%"}]}}, 400, "lesions[0].image"),
+    "an unknown option": ({"json": {"lesions": [{"id": "a"}], "options": {"maps": True}}}, 400, "heatmaps and reasons"),
+    "another type": ({"content": b"x", "headers": {"Content-Type": "text/plain"}}, 415, "multipart/form-data"),
+    "NaN": ({"content": b'{"lesions": NaN}', "headers": {"Content-Type": "application/json"}}, 400, "NaN"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_understood_is_refused_with_its_name(http, fault):
+    request, status, words = FAULTS[fault]
+    answer = http.post("/v1/triage", **request)
+    assert answer.status_code == status and words in answer.json()["error"], answer.text
+    assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
+
+
+def test_a_name_that_goes_places_is_a_name(http, visit):
+    (_, data), table = visit[0][0], None
+    answer = http.post("/v1/triage", files=[("images", ("../../x\u202e/y.jpg", data))], data=table)
+    assert answer.json()["lesions"][0]["file"] == "y.jpg"
+
+
+def test_what_the_model_is_can_be_asked(http, finished):
+    told = http.get("/v1/model").json()
+    assert told["served"] == "image_visit" and "age_approx" in told["metadata_columns"]
+    assert not set(WITHHELD) & set(told["metadata_columns"])
+    assert set(told["worth"]) == set(told["modes"]) and told["synthetic"] is True
+    assert not math.isnan(told["prevalence"])

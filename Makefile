@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: help install demo test browser test-slow lint bench docs clean lock
+.PHONY: help install demo test browser test-slow hostile lint bench docs clean lock
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ browser: install  ## Chromium (apt) and axe-core (npm) for the tests of pages, a
 
 test-slow: install  ## the proofs that take longer
 	$(BIN)/python -m pytest -m slow
+
+hostile: install  ## 100,000 hostile requests at a service of BUNDLE (the demo's, unless named)
+	$(BIN)/python tests/serving/hostile.py $(or $(BUNDLE),$(DEMO)/run/bundle) --count 100000
 
 lint: install  ## style and types
 	$(BIN)/ruff check .

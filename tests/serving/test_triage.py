@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import json
 import math
+import time
 
 import httpx
+import numpy as np
 import polars as pl
 import pytest
+from starlette.testclient import TestClient
 
 from lesionflow.bundle import probability_interval
 from lesionflow.data.source import open_source
+from lesionflow.serving.app import create_app
 from lesionflow.serving.predictor import Predictor
 from lesionflow.serving.visit import Visits
 
@@ -172,3 +176,31 @@ def test_what_the_model_is_can_be_asked(http, finished):
     assert not set(WITHHELD) & set(told["metadata_columns"])
     assert set(told["worth"]) == set(told["modes"]) and told["synthetic"] is True
     assert not math.isnan(told["prevalence"])
+
+
+def test_each_visit_counts_once_in_what_is_held_against_the_hold_out(finished, visit):
+    class Recorder:
+        def __init__(self):
+            self.heard = []
+
+        def add(self, statistics, logits, **more):
+            self.heard.append((statistics, logits, more))
+
+        def gauges(self):
+            return []
+
+    images, table = visit
+    app = create_app(finished / "bundle")
+    service = app.state.service
+    service.drift, service.looks = Recorder(), True
+    with TestClient(app) as client:
+        while service.reason is not None:
+            time.sleep(0.05)
+        client.post("/v1/triage", **form([*images[:3], ("bad", b"no")], table.head(5))).raise_for_status()
+        client.post("/v1/triage", **form(images[:2])).raise_for_status()
+    (looks, logits, first), (_, second, more) = service.drift.heard
+    assert set(logits) == {"image", "record", "visit", "image_record", "image_visit"}
+    # Three pictures, one that can't be used, two lesions without any.
+    assert [int(np.isfinite(x).sum()) for x in (looks["brightness"], logits["image"], logits["record"])] == [3, 3, 5]
+    assert len(first["bands"]) == len(first["table"]) == 6
+    assert more["table"] is None and np.isfinite(second["image"]).all()

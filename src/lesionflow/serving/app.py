@@ -62,7 +62,7 @@ def create_app(
     predictor = bundle if isinstance(bundle, Predictor) else Predictor(bundle)
     service = Service(predictor, limits or ServiceLimits(), name)
     app = application(service, token=token)
-    telemetry = app.state.telemetry = Telemetry(service)
+    telemetry = app.state.telemetry = Telemetry(service, service.drift)
 
     async def metrics(request: Request) -> Response:
         body, kind = await asyncio.to_thread(telemetry.render)

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -29,10 +30,12 @@ from starlette.routing import BaseRoute, Route
 
 from lesionflow import __version__
 from lesionflow.bundle import NOTICE
+from lesionflow.data.images import Pixels
 from lesionflow.errors import ClusterError, LesionflowError
 from lesionflow.serving import pages, triage
 from lesionflow.serving.access import Access
-from lesionflow.serving.graph import Graph
+from lesionflow.serving.graph import Floats, Graph
+from lesionflow.serving.predictor import Answer
 from lesionflow.serving.protocol import OUTPUTS, RequestError, parse, render
 from lesionflow.serving.service import VERSION, Service, read_body
 
@@ -167,8 +170,9 @@ async def _infer(request: Request) -> Response:
             pixels = asked.pixels
             if pixels is None:
                 pixels = await service.in_thread(service.decode, asked.images)
+            place.decoded()
             outputs = await service.logits(pixels)
-            answers = await service.in_thread(service.predictor.answers, pixels, *outputs)
+            answers = await service.in_thread(_answers, service, pixels, *outputs)
             service.answered([answer.band for answer in answers])
             request.state.lesions = len(answers)
             answer, json_length = render(asked, answers, request.path_params["name"], VERSION)
@@ -176,6 +180,14 @@ async def _infer(request: Request) -> Response:
         return Response(answer, media_type="application/json")
     headers = {"Inference-Header-Content-Length": str(json_length)}
     return Response(answer, media_type="application/octet-stream", headers=headers)
+
+
+def _answers(service: Service, pixels: Pixels, fold_logits: Floats, logit: Floats) -> list[Answer]:
+    seen = service.predictor.look(pixels) if service.looks else None
+    answers = service.predictor.answers(pixels, fold_logits, logit, seen)
+    if service.drift is not None:
+        service.drift.add(seen, {"image": logit.astype(np.float64)}, bands=[answer.band for answer in answers])
+    return answers
 
 
 def _service(request: Request) -> Service:

@@ -30,6 +30,7 @@ from lesionflow.serving.graph import Floats, Graph, NoGraph
 if TYPE_CHECKING:
     import polars as pl
 
+    from lesionflow.serving.inputs import Doubles
     from lesionflow.serving.remote import Remote
 
 SMOKE_TOLERANCE = 1e-3
@@ -86,10 +87,15 @@ class Predictor:
         pixels = to_batch(images, self.spec, limits)
         return self.answers(pixels, *self.logits(pixels))
 
-    def answers(self, pixels: Pixels, fold_logits: Floats, logit: Floats) -> list[Answer]:
-        """Calibrate and name the bands of raw outputs, `fold_logits` [B, K] and `logit` [B], for uint8 [B, S, S, 3]."""
+    def answers(
+        self, pixels: Pixels, fold_logits: Floats, logit: Floats, seen: Mapping[str, Doubles] | None = None
+    ) -> list[Answer]:
+        """Calibrate and name the bands of raw outputs, `fold_logits` [B, K] and `logit` [B], for uint8 [B, S, S, 3].
+
+        `seen`: what `look` said of the pixels, if that is known already.
+        """
         thresholds = self.bundle.info["thresholds"]
-        doubts = self.doubts(pixels, fold_logits)
+        doubts = self.doubts(pixels, fold_logits, seen)
         return [
             Answer(
                 one,
@@ -101,13 +107,19 @@ class Predictor:
             for row, one, doubt in zip(fold_logits.tolist(), logit.tolist(), doubts, strict=True)
         ]
 
-    def doubts(self, pixels: Pixels, fold_logits: Floats) -> list[list[str]]:
+    def look(self, pixels: Pixels) -> Mapping[str, Doubles]:
+        """What the crops look like, by figure: see `inputs.statistics`."""
+        from lesionflow.serving.inputs import statistics
+
+        return statistics(pixels)
+
+    def doubts(self, pixels: Pixels, fold_logits: Floats, seen: Mapping[str, Doubles] | None = None) -> list[list[str]]:
         """Per lesion, why the model can't judge it; nothing where the bundle doesn't say what it knows."""
         if not (known := self.bundle.info.get("inputs")):
             return [[]] * len(pixels)
-        from lesionflow.serving.inputs import statistics, unusual
+        from lesionflow.serving.inputs import unusual
 
-        return unusual(statistics(pixels), fold_logits, known)
+        return unusual(self.look(pixels) if seen is None else seen, fold_logits, known)
 
     def probability(self, logit: float) -> float:
         """1 / (1 + exp(-(a x logit + b))) in double precision."""

@@ -21,6 +21,7 @@ from lesionflow.serving.protocol import RequestError, ServiceLimits
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from lesionflow.serving.drift import Drift
     from lesionflow.serving.visit import Visits
 
 VERSION = "1"
@@ -32,7 +33,12 @@ class Place:
     """A request that has begun, and what its body takes."""
 
     def __init__(self, service: Service) -> None:
-        self.service, self.bytes = service, 0
+        self.service, self.bytes, self._decoding = service, 0, True
+
+    def decoded(self) -> None:
+        """The graph has its pictures, or never will."""
+        self.service.decoding -= self._decoding
+        self._decoding = False
 
     def hold(self, count: int) -> None:
         """Raise `RequestError` if so many bytes more are too much beside all other requests'."""
@@ -58,8 +64,8 @@ class Service:
         """What the model is served as; the bundle's own name is answered too."""
         self.reason: str | None = "the reference lesions haven't been checked yet"
         """Why the service isn't ready; None once it is."""
-        self.pending = self.held = 0
-        """Requests that have begun, and bytes of their bodies."""
+        self.pending = self.held = self.decoding = 0
+        """Requests that have begun, bytes of their bodies, and requests whose pictures the graph hasn't got yet."""
         self.bands: Counter[str] = Counter()
         """Lesions answered so far, by band."""
         self.batched: Callable[[int, float], None] = lambda count, seconds: None
@@ -68,6 +74,14 @@ class Service:
             predictor.graph, predictor.bundle.models, lesions(predictor.bundle),
             lambda count, seconds: self.batched(count, seconds),
         )  # fmt: skip
+        self.drift: Drift | None = None
+        """What comes, held against the hold-out; None where the bundle says nothing of it."""
+        if (known := predictor.bundle.info.get("drift")) and known.get("reason") is None:
+            from lesionflow.serving.drift import Drift
+
+            self.drift = Drift(known)
+        self.looks = self.drift is not None or bool(predictor.bundle.info.get("inputs"))
+        """Whether anybody wants to know what the crops look like."""
         self._pool = ThreadPoolExecutor(max(2, available_cpus()), "service")
 
     def check(self) -> None:
@@ -110,15 +124,18 @@ class Service:
             raise RequestError(f"not ready: {self.reason}", status=503, retry=2)
         if self.pending >= self.limits.requests:
             raise self._busy(f"{self.pending} requests are waiting", "requests")
-        if (wait := self.batcher.wait(1)) > self.limits.wait:
+        # Of those that are being received or decoded at least one lesion each will come first.
+        if (wait := self.batcher.wait(1) + self.batcher.seconds * self.decoding) > self.limits.wait:
             raise self._busy(f"about {wait:.1f} s of work are waiting", "wait")
         self.pending += 1
+        self.decoding += 1
         place = Place(self)
         try:
             yield place
         finally:
             self.pending -= 1
             self.held -= place.bytes
+            place.decoded()
 
     def _busy(self, why: str, limit: str) -> RequestError:
         return RequestError(f"busy, {why}: try again later", status=503, limit=limit, retry=self.batcher.wait(1))

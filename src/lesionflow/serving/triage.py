@@ -14,11 +14,12 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -74,6 +75,7 @@ async def _triage(request: Request) -> Response:
     started = time.perf_counter()
     with service.admitted() as place:
         asked = await _asked(request, service, place)
+        place.decoded()
         async with service.in_time():
             answer = await _answer(service, asked)
     answer["request_id"] = request.state.request_id
@@ -139,10 +141,14 @@ def _scored(
     """Every lesion's answer, ranked."""
     predictor, visits, count = service.predictor, service.visits, len(asked.ids)
     lesions: list[dict[str, Any]]
+    looks = predictor.look(pixels) if service.looks else None
     if visits is None:
         answers: list[Answer | None] = [None] * count
-        for row, answer in zip(seen, predictor.answers(pixels, raw, logit), strict=True):
+        for row, answer in zip(seen, predictor.answers(pixels, raw, logit, looks), strict=True):
             answers[row] = answer
+        image = np.full(count, np.nan)
+        image[seen] = logit
+        _drift(service, asked, seen, looks, {"image": image}, [one.band if one else None for one in answers])
         calibration = predictor.bundle.info["calibration"]
         lesions = [_picture(asked, row, one, calibration) for row, one in enumerate(answers)]
         return _ranked(lesions)
@@ -151,11 +157,12 @@ def _scored(
     from lesionflow.serving.visit import NO_PICTURE
 
     doubts: list[tuple[str, ...]] = [(NO_PICTURE,) if predictor.bundle.pictures else ()] * count
-    for row, doubt in zip(seen, predictor.doubts(pixels, raw), strict=True):
+    for row, doubt in zip(seen, predictor.doubts(pixels, raw, looks), strict=True):
         doubts[row] = tuple(doubt)
     described = visits.describe(asked.table.with_columns(patient_id=pl.lit(PATIENT)))
     scores = visits.score(fold_logits, described)
     found = [visits.answer(name, scores, row, doubts[row], ()) for row, name in enumerate(asked.ids)]
+    _drift(service, asked, seen, looks, scores.by_mode, [one.band for one in found])
     lesions = [_visit(asked, row, one, visits.modes) for row, one in enumerate(found)]
     ranked = _ranked(lesions)
     place = {name: row for row, name in enumerate(asked.ids)}
@@ -165,6 +172,28 @@ def _scored(
         for one, words in zip(told, visits.explain(described.rows(chosen)), strict=True):
             one["reasons"] = list(words)
     return ranked
+
+
+def _drift(
+    service: Service,
+    asked: Asked,
+    seen: list[int],
+    looks: Mapping[str, NDArray[np.float64]] | None,
+    logits: Mapping[str, NDArray[np.float64]],
+    bands: list[str | None],
+) -> None:
+    """Let the visit count in what is held against the hold-out."""
+    if service.drift is None:
+        return
+    places = {}
+    for name, values in (looks or {}).items():
+        places[name] = np.full(len(asked.ids), np.nan)
+        places[name][seen] = values
+    table, institution = asked.table if asked.described else None, None
+    if table is not None and "attribution" in table.columns:
+        named = table["attribution"].drop_nulls().unique().to_list()
+        institution = named[0] if len(named) == 1 else None
+    service.drift.add(places or None, logits, bands=bands, table=table, institution=institution)
 
 
 def _ranked(lesions: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -83,6 +83,9 @@ def test_blanks_at_random_are_fine(share: float) -> None:
         patient = rng.integers(0, count // 5, count)
         hidden = (rng.random(count // 5) < share)[patient]
         assert check_missing(table(count, dict.fromkeys(("age_approx", "sex", "tbp_lv_x"), hidden)), y) == []
+        # Each cell for itself: then lesions differ in how many of theirs are blank.
+        each = {c.name: rng.random(count) < share for c in INPUTS if c.kind == "number"}
+        assert check_missing(table(count, each), y) == []
 
 
 def test_what_is_no_input_is_not_looked_at() -> None:

@@ -20,7 +20,7 @@ NAMES = tuple(KNOWN)
 SITE_OF = {words: site for site, words in WORDS.items()}
 
 
-def table(lesions: int = 240, seed: int = 0) -> pl.DataFrame:
+def table(lesions: int = 240, seed: int = 0, blank: float = 0.03) -> pl.DataFrame:
     """Patients of one to about forty lesions, with some cells empty and many values tied."""
     rng = np.random.default_rng(seed)
     owner = np.minimum(rng.geometric(0.06, lesions), 30)
@@ -28,7 +28,7 @@ def table(lesions: int = 240, seed: int = 0) -> pl.DataFrame:
 
     def some(low: float, high: float, step: float) -> list[float | None]:
         values = np.round(rng.uniform(low, high, lesions) / step) * step
-        return [None if rng.random() < 0.03 else float(v) for v in values]
+        return [None if rng.random() < blank else float(v) for v in values]
 
     return pl.DataFrame({
         "isic_id": [f"ISIC_{i:07}" for i in range(lesions)], "patient_id": [f"IP_{i}" for i in owner],
@@ -101,48 +101,86 @@ def truth(phrase: str, row: np.ndarray, lesion: dict, others: pl.DataFrame) -> b
             "less yellow": ("deltaB", -1), "yellower": ("deltaB", 1),
         }[found[1]]  # fmt: skip
         return lesion[f"tbp_lv_{column}"] * sign >= 1
-    if found := re.fullmatch(r"the nearest other lesion is (\d+) mm away", phrase):
-        return abs(float(found[1]) - value["nearest_mm"]) <= 0.5
-    if found := re.fullmatch(r"less like this patient's usual lesion than (\d+) % of the others", phrase):
-        return float(found[1]) / 100 <= value["look_to_median_rank"] + 1e-9
+    some = " that can be compared" in phrase
+    if found := re.fullmatch(r"the nearest other lesion( whose place is known)? is (\d+) mm away", phrase):
+        apart = distances(lesion, others)
+        assert bool(found[1]) == bool(np.isnan(apart).any())
+        return abs(float(found[2]) - np.nanmin(apart)) <= 0.5 + 1e-6
     if "usual lesion" in phrase:
-        rank = value["look_to_median_rank"]
-        return rank == 1 if "all other lesions" in phrase else rank < 1 - CLEAR
-    if phrase.endswith(" than the lesions nearest to it are on average"):
-        return all(
-            any((value[f"{base}_near_diff"] > 0) == more for base, more in bases(words, "neighbours"))
-            for words in spoken(phrase.removesuffix(" than the lesions nearest to it are on average"))
-        )
-    found = re.fullmatch(r"(.*) than (most of )?this patient's other lesions?( on .*)?", phrase)
+        theirs = others["look_to_median"]
+        assert some == (theirs.null_count() > 0)
+        nearer = float((theirs.drop_nulls() < value["look_to_median"]).mean())
+        if found := re.search(r"less like this patient's usual lesion than (\d+) % of the others", phrase):
+            return float(found[1]) <= 100 * nearer + 1e-6 < float(found[1]) + 1
+        if "than all other lesions" in phrase:
+            return nearer == 1
+        return phrase.startswith("more like") and float((theirs.drop_nulls() > value["look_to_median"]).mean()) > 0.5
+    if found := re.fullmatch(r"(.*) than (the .*nearest to it.*)", phrase):
+        order = np.argsort(distances(lesion, others))[: min(5, int(np.isfinite(distances(lesion, others)).sum()))]
+        for words in spoken(found[1]):
+            for base, more in bases(words, "neighbours"):
+                near = others[base].to_numpy()[order]
+                known = near[np.isfinite(near)]
+                gap = value[f"{base}_near_diff"]
+                said = {
+                    "the lesion nearest to it": len(near) == 1,
+                    "the lesions nearest to it are on average": len(known) == len(near) > 1,
+                    "the only one of the lesions nearest to it that can be compared": len(known) == 1 < len(near),
+                    "the lesions nearest to it that can be compared are on average": 1 < len(known) < len(near),
+                }
+                if (gap > 0) == more and said[found[2]] and gap == pytest.approx(value[base] - known.mean()):
+                    break
+            else:
+                return False
+        return True
+    found = re.fullmatch(
+        r"(.*) than (most of )?(?:this patient's|the (\d+|only one) of this patient's (\d+)) other lesions?"
+        r"( on .*?)?( that can be compared)?", phrase,
+    )  # fmt: skip
     assert found, phrase
-    against = "site" if found[3] else "patient"
-    if found[3]:
-        assert SITE_OF[found[3].strip()] == lesion["anatom_site_general"]
+    against = "site" if found[5] else "patient"
+    if found[5]:
+        assert SITE_OF[found[5].strip()] == lesion["anatom_site_general"]
         others = others.filter(pl.col("anatom_site_general") == lesion["anatom_site_general"])
     assert ("lesions" in phrase) == (len(others) != 1), phrase
+    assert bool(found[3]) == bool(found[6]) and found[4] in (None, str(len(others)))
+    compared = None if not found[3] else 1 if found[3] == "only one" else int(found[3])
     return all(
-        any(beyond(value, base, against, others, more, most=bool(found[2])) for base, more in bases(words, against))
+        any(
+            beyond(value[base], others[base], more, most=bool(found[2]), compared=compared)
+            for base, more in bases(words, against)
+        )
         for words in spoken(found[1])
     )
+
+
+def distances(lesion: dict, others: pl.DataFrame) -> np.ndarray:
+    """To the patient's other lesions on the body, mm [n], NaN where either's place is unknown."""
+    axes = [f"tbp_lv_{axis}" for axis in "xyz"]
+    mine = np.array([lesion[axis] for axis in axes], np.float64)
+    return np.linalg.norm(others.select(axes).cast(pl.Float64).to_numpy() - mine, axis=1)
 
 
 def spoken(words: str) -> list[str]:
     return re.split(r", | and ", words)
 
 
-def beyond(value: dict, base: str, against: str, others: pl.DataFrame, more: bool, *, most: bool) -> bool:
-    """Counted lesion by lesion where the others' values are columns; else by the rank itself."""
-    rank = value[f"{base}_{against}_rank"]
-    if base not in others.columns:
-        return (rank if more else 1 - rank) > (CLEAR if most else 1 - 1e-12)
-    known = others[base].drop_nulls().to_numpy()
-    passed = np.mean(known < value[base] if more else known > value[base]) if len(known) else 0.0
-    return passed > 0.5 if most else passed == 1
+def beyond(mine: float, theirs: pl.Series, more: bool, *, most: bool, compared: int | None) -> bool:
+    """Counted lesion by lesion: who has no value is not passed, unless the phrase leaves such out, by number."""
+    known = theirs.drop_nulls().to_numpy()
+    if compared is not None and len(known) != compared:
+        return False
+    passed, of = int((known < mine if more else known > mine).sum()), len(theirs) if compared is None else compared
+    return passed > of / 2 if most else passed == of
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_every_phrase_is_true_of_the_numbers(lesions: pl.DataFrame, values: np.ndarray, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "blank"), [*((seed, 0.03) for seed in range(4)), (4, 0.0), (5, 0.3), (6, 0.6)])
+def test_every_phrase_is_true_of_the_numbers(seed: int, blank: float) -> None:
+    lesions = table(seed=seed, blank=blank)
+    values = features(lesions).values
     said = reasons(values, shares(len(lesions), seed=seed), NAMES, lesions)
+    made = ("contrast_Lab", "circularity", "look_to_median")
+    lesions = lesions.with_columns(pl.Series(name, values[:, NAMES.index(name)]).fill_nan(None) for name in made)
     kinds = set()
     for row, phrases in enumerate(said):
         lesion = lesions.row(row, named=True)
@@ -155,6 +193,28 @@ def test_every_phrase_is_true_of_the_numbers(lesions: pl.DataFrame, values: np.n
         if not len(others):
             assert not any("other" in p or "nearest" in p for p in phrases)
     assert len(kinds) > 20, "the synthetic lesions must call for many kinds of phrases"
+    assert any("that can be compared" in kind for kind in kinds) == (blank > 0)
+
+
+def test_a_phrase_speaks_for_no_lesion_whose_cell_is_blank() -> None:
+    rows = pl.DataFrame({
+        "isic_id": [f"I{i}" for i in range(6)], "patient_id": ["P"] * 6, "anatom_site_general": ["posterior torso"] * 6,
+        "clin_size_long_diam_mm": [9.0, 2, None, None, None, None], "tbp_lv_L": [20.0, 30, 40, 50, 60, None],
+        "tbp_lv_norm_border": [9.0, 1, 2, None, None, None],
+    })  # fmt: skip
+
+    def first(*names: str) -> tuple[str, ...]:
+        return reasons(features(rows).values, shares(6, dict.fromkeys(names, 0.5)), NAMES, rows)[0]
+
+    size, light, border = (f"{n}_site_rank" for n in ("clin_size_long_diam_mm", "tbp_lv_L", "tbp_lv_norm_border"))
+    one = "larger than the only one of this patient's 5 other lesions on the back that can be compared"
+    assert first(size) == (one,)
+    assert first(light) == ("darker than most of this patient's other lesions on the back",), "4 of 5, whatever the 5th"
+    two = "more irregular in its border than the 2 of this patient's 5 other lesions on the back that can be compared"
+    assert first(border) == (two,)
+    assert set(first(size, border)) == {one, two}, "not the same lesions, so not one phrase"
+    rows = rows.with_columns(clin_size_long_diam_mm=pl.Series([9.0, *[None] * 5]))
+    assert first(size) == ()
 
 
 def test_comparisons_with_the_same_lesions_become_one_phrase() -> None:
@@ -199,7 +259,7 @@ def test_the_oddest_lesion_of_a_patient_is_told_by_how_many_are_nearer_to_the_us
     for rank, phrases in zip(found[:, column], said, strict=True):
         if rank > CLEAR and rank < 1:
             (number,) = re.fullmatch(
-                r"less like this patient's usual lesion than (\d+) % of the others", phrases[0]
+                r"less like this patient's usual lesion than (\d+) % of the others that can be compared", phrases[0]
             ).groups()
             assert 0 <= 100 * rank - float(number) < 2.6
     assert sum("than all other lesions" in str(p) for p in said) == 1

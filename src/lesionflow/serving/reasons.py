@@ -6,9 +6,10 @@
 
 The trees' contributions (TreeSHAP, log-odds) say what is worth naming; what is said of it comes from the numbers alone.
 So no phrase claims a direction that the lesion doesn't show, even where the model makes something odd of it: a lesion
-is called larger because of its size, never because size raised its score. Contributions of one concept (size,
-darkness, border, ...) and one comparison are added up first, as many features tell of the same thing and the trees
-deal its weight out among them as it comes.
+is called larger because of its size, never because size raised its score. Nor does one speak for lesions whose cells
+are blank: where those that could be compared are too few to speak for all, the phrase says how many they were.
+Contributions of one concept (size, darkness, border, ...) and one comparison are added up first, as many features tell
+of the same thing and the trees deal its weight out among them as it comes.
 
 Some is never said: the skin around, the kind of tile and where on the body model's axes a lesion lies carry weight, but
 are nothing that a look at the patient would confirm.
@@ -25,7 +26,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lesionflow.data.context import Patients
+from lesionflow.data.derived import sites as body_sites
 from lesionflow.data.features import Feature, catalogue
+from lesionflow.data.neighbours import NEAREST, POSITION
 from lesionflow.errors import DataError
 
 if TYPE_CHECKING:
@@ -94,16 +98,16 @@ class _Told:
     words: str
     against: str = ""
     """What it is compared with; "" for a statement that stands alone."""
-    all: bool = False
-    """Whether it holds against all of those, not only most."""
+    base: str = ""
+    """In what."""
 
 
 def reasons(values: Floats, contributions: Floats, names: Sequence[str], table: pl.DataFrame) -> list[tuple[str, ...]]:
     """At most `MOST` phrases for each of B lesions, what raises its score first, strongest first.
 
     values [B, F], NaN where unknown, and contributions [B, F + 1] in log-odds, the base last, of the features `names`;
-    `table` has the lesions' metadata in the same order (`anatom_site_general` is used where it is there). Raises
-    `DataError` where these don't match.
+    `table` has the lesions' metadata in the same order, of whole patients, as the features were made of them
+    (`patient_id` and `anatom_site_general` are used where they are there). Raises `DataError` where these don't match.
     """
     if values.shape != (len(table), len(names)) or contributions.shape != (len(table), len(names) + 1):
         raise DataError(
@@ -115,9 +119,10 @@ def reasons(values: Floats, contributions: Floats, names: Sequence[str], table: 
     place = {name: column for column, name in enumerate(names)}
     sites = table["anatom_site_general"].to_list() if "anatom_site_general" in table.columns else [None] * len(table)
     telling = _telling(contributions, topics, place)
+    company = _Company(values, place, table)
     return [
-        _lesion(_Lesion(row, shares, place, site), topics) if tells else ()
-        for row, shares, site, tells in zip(values, contributions, sites, telling, strict=True)
+        _lesion(_Lesion(row, shares, place, site, company.of(number)), topics) if tells else ()
+        for number, (row, shares, site, tells) in enumerate(zip(values, contributions, sites, telling, strict=True))
     ]
 
 
@@ -143,11 +148,39 @@ def _telling(contributions: Floats, topics: Topics, place: Mapping[str, int]) ->
     return telling
 
 
-class _Lesion:
-    """One row of numbers by feature."""
+class _Company:
+    """Which lesions each is compared with, and which of those have a value."""
 
-    def __init__(self, values: Floats, shares: Floats, place: Mapping[str, int], site: str | None) -> None:
-        self._values, self._shares, self._place = values, shares, place
+    def __init__(self, values: Floats, place: Mapping[str, int], table: pl.DataFrame) -> None:
+        patients, site = Patients(table), body_sites(table)
+        code = np.empty_like(patients.code)
+        code[patients.order] = patients.code
+        self._keys = {"patient": code, "site": code * (len(SITES) + 1) + site + 1}
+        self._rows: dict[tuple[str, int], NDArray[np.intp]] = {}
+        self._values, self._place = values, place
+
+    def of(self, row: int) -> Callable[[str, str], Floats]:
+        """Of one lesion: scope and feature -> the other lesions' values, NaN where they have none."""
+
+        def others(scope: str, name: str) -> Floats:
+            key = int(self._keys[scope][row])
+            if (scope, key) not in self._rows:
+                self._rows[scope, key] = np.flatnonzero(self._keys[scope] == key)
+            rows = self._rows[scope, key]
+            rows = rows[rows != row]
+            return self._values[rows, self._place[name]] if name in self._place else np.full(len(rows), np.nan)
+
+        return others
+
+
+class _Lesion:
+    """One row of numbers by feature, and `others`: scope and feature -> the same of those it is compared with."""
+
+    def __init__(
+        self, values: Floats, shares: Floats, place: Mapping[str, int], site: str | None,
+        others: Callable[[str, str], Floats],
+    ) -> None:  # fmt: skip
+        self._values, self._shares, self._place, self.others = values, shares, place, others
         self.where = SITES.get((site or "").strip().lower(), "")
 
     def value(self, name: str) -> float:
@@ -187,7 +220,8 @@ def _statement(lesion: _Lesion, concept: str, against: str, weight: float) -> st
         return _look(lesion)
     if (concept, against) == ("place", "neighbours"):
         near = lesion.value("nearest_mm")
-        return f"the nearest other lesion is {near:.0f} mm away" if np.isfinite(near) else ""
+        placed = " whose place is known" if np.isnan(lesion.others("patient", "nearest_mm")).any() else ""
+        return f"the nearest other lesion{placed} is {near:.0f} mm away" if np.isfinite(near) else ""
     if against:
         return ""
     if concept == "place":
@@ -204,13 +238,19 @@ def _statement(lesion: _Lesion, concept: str, against: str, weight: float) -> st
 
 def _look(lesion: _Lesion) -> str:
     """How far from the patient's usual lesion, all things together."""
-    rank, others = lesion.value("look_to_median_rank"), lesion.value("patient_lesions") - 1
-    if rank > CLEAR:
-        # Ties count half; whoever is as far isn't nearer.
-        nearer = np.floor(rank * others) / others if others > 0 else rank
-        share = "all other lesions" if nearer == 1 else f"{np.floor(100 * nearer + 1e-9):.0f} % of the others"
-        return f"less like this patient's usual lesion than {share}"
-    return "more like this patient's usual lesion than most of the others" if rank < 1 - CLEAR else ""
+    rank, far = lesion.value("look_to_median_rank"), lesion.others("patient", "look_to_median")
+    if not (rank > CLEAR or rank < 1 - CLEAR):
+        return ""
+    compared = far[np.isfinite(far)]
+    only = "" if len(compared) == len(far) else " that can be compared"
+    if rank < 1 - CLEAR:
+        return f"more like this patient's usual lesion than most of the others{only}"
+    # Whoever is as far isn't nearer.
+    nearer = float(np.mean(compared < lesion.value("look_to_median")))
+    share = f"{np.floor(100 * nearer + 1e-9):.0f} % of the others{only}"
+    if nearer == 1:
+        share = f"all other lesions{only}"
+    return f"less like this patient's usual lesion than {share}"
 
 
 def _comparison(lesion: _Lesion, features: Sequence[Feature], weight: float, against: str) -> _Told | None:
@@ -227,33 +267,70 @@ def _comparison(lesion: _Lesion, features: Sequence[Feature], weight: float, aga
         # NaN is neither more nor less: with no other lesion there is nothing to say.
         if against == "neighbours":
             gap = lesion.value(f"{base}_near_diff")
-            more, less, every = gap >= _VISIBLE[base], gap <= -_VISIBLE[base], True
+            more, less = gap >= _VISIBLE[base], gap <= -_VISIBLE[base]
         else:
             rank = lesion.value(f"{base}_{against}_rank")
-            more, less, every = rank > CLEAR, rank < 1 - CLEAR, rank in (0.0, 1.0)
+            more, less = rank > CLEAR, rank < 1 - CLEAR
         if word := one.higher if more else one.lower if less else "":
-            return _Told(weight, word, against, every)
+            return _Told(weight, word, against, base)
     return None
 
 
 def _phrases(lesion: _Lesion, told: Sequence[_Told]) -> list[str]:
     """What is compared with the same lesions becomes one phrase; strongest first."""
     weighed = [(one.weight, one.words) for one in told if not one.against]
-    for against in dict.fromkeys(one.against for one in told if one.against):
-        of = sorted((one for one in told if one.against == against), key=lambda one: (-abs(one.weight), one.words))
+    compared = [one for one in told if one.against]
+    for against in dict.fromkeys(one.against for one in compared):
+        of = sorted((one for one in compared if one.against == against), key=lambda one: (-abs(one.weight), one.words))
         of = of[:TOGETHER]
-        words = f"{_joined([one.words for one in of])} than {_others(lesion, against, all(one.all for one in of))}"
-        weighed.append((sum(one.weight for one in of), words))
+        thans = [_than(lesion, one) for one in of]
+        # What holds against all holds against most.
+        thans = [f"most of {than}" if f"most of {than}" in thans else than for than in thans]
+        for than in dict.fromkeys(thans):
+            same = [one for one, its in zip(of, thans, strict=True) if its == than]
+            words = f"{_joined([one.words for one in same])} than {than}"
+            weighed.append((sum(one.weight for one in same), words))
     return [words for _, words in sorted(weighed, key=lambda one: (-abs(one[0]), one[1]))]
 
 
-def _others(lesion: _Lesion, against: str, every: bool) -> str:
-    if against == "neighbours":
-        return "the lesions nearest to it are on average"
-    count = lesion.value(f"{against}_lesions")
-    whose = "this patient's other lesion" if count == 2 else "this patient's other lesions"
+def _than(lesion: _Lesion, told: _Told) -> str:
+    return _nearest(lesion, told.base) if told.against == "neighbours" else _others(lesion, told.base, told.against)
+
+
+def _others(lesion: _Lesion, base: str, against: str) -> str:
+    """The lesions that it was compared with, all or most of them, in words."""
+    rank, ranks = lesion.value(f"{base}_{against}_rank"), lesion.others(against, f"{base}_{against}_rank")
+    count, compared = len(ranks), int(np.isfinite(ranks).sum())
     where = f" {lesion.where or 'on the same body site'}" if against == "site" else ""
-    return f"{'' if every else 'most of '}{whose}{where}"
+    whose = f"this patient's other lesion{'s' * (count != 1)}{where}"
+    every = rank in (0.0, 1.0)
+    if every and compared == count:
+        return whose
+    # Ties count half, so of those compared so many at least have less (or more).
+    passed = round((2 * max(rank, 1 - rank) - 1) * compared)
+    if passed > count / 2:
+        return f"most of {whose}"
+    if compared == 1:
+        return f"the only one of this patient's {count} other lesions{where} that can be compared"
+    some = f"the {compared} of this patient's {count} other lesions{where} that can be compared"
+    return some if every else f"most of {some}"
+
+
+def _nearest(lesion: _Lesion, base: str) -> str:
+    """The nearest lesions on the body, in words: those that the features average over."""
+    apart = np.sqrt(sum((lesion.others("patient", axis) - lesion.value(axis)) ** 2 for axis in POSITION))
+    placed = np.flatnonzero(np.isfinite(apart))
+    if not len(placed):
+        return "the lesions nearest to it that can be compared are on average"  # Features without coordinates.
+    farthest = np.sort(apart[placed])[min(NEAREST, len(placed)) - 1]
+    known = np.isfinite(lesion.others("patient", base)[placed[apart[placed] <= farthest]])
+    if len(known) == 1:
+        return "the lesion nearest to it"
+    if known.all():
+        return "the lesions nearest to it are on average"
+    if known.sum() == 1:
+        return "the only one of the lesions nearest to it that can be compared"
+    return "the lesions nearest to it that can be compared are on average"
 
 
 def _joined(words: Sequence[str]) -> str:

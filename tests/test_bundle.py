@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -151,17 +154,18 @@ def test_a_graph_that_keeps_tensors_in_another_file_is_refused(bundle_copy, tmp_
 def test_external_data_hidden_in_a_nested_graph_is_found():
     from onnx import TensorProto, helper
 
-    from lesionflow.graphfile import check_self_contained
+    from lesionflow.graphfile import check_graph
 
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
     inner = helper.make_graph([helper.make_node("Constant", [], ["c"], value=tensor)], "inner", [], [])
-    node = helper.make_node("If", ["flag"], ["y"], then_branch=inner, else_branch=inner)
+    node = helper.make_node("Body", ["flag"], ["y"], then_branch=inner, else_branch=inner)
     model = helper.make_model(helper.make_graph([node], "outer", [], []))
     with pytest.raises(DataError, match="another file"):
-        check_self_contained(model.SerializeToString(), "nested")
+        check_graph(model.SerializeToString(), "nested")
     for attribute in node.attribute:
-        attribute.g.node[0].attribute[0].t.data_location = TensorProto.DEFAULT
-    check_self_contained(helper.make_model(helper.make_graph([node], "o", [], [])).SerializeToString(), "x")
+        inside = attribute.g.node[0].attribute[0].t
+        inside.data_location, inside.raw_data = TensorProto.DEFAULT, b"1234"
+    check_graph(helper.make_model(helper.make_graph([node], "o", [], [])).SerializeToString(), "x")
 
 
 @pytest.mark.parametrize("cut", [1, 100, -1])
@@ -242,3 +246,99 @@ def test_a_covariance_that_is_none_is_refused(bundle_dir, covariance):
     changed = info | {"calibration": info["calibration"] | {"covariance": covariance}}
     with pytest.raises(DataError, match="calibration can't be"):
         check_info(changed, "bundle.json")
+
+
+LEAVING = ("  ../x", "  /etc/passwd", "  a/../../b", "  ./x", "  a//b", "  a\\\\b")
+
+
+def alterations(bundle: Path, rng: random.Random) -> list[tuple[str, Callable[[Path], None]]]:
+    """Ways to alter a bundle, by name; each changes something for sure."""
+    files = sorted(path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file())
+    name, other = rng.sample(files, 2)
+    at = rng.random()
+
+    def edit(change: Callable[[bytes, int], bytes]) -> Callable[[Path], None]:
+        def apply(folder: Path) -> None:
+            data = (folder / name).read_bytes()
+            (folder / name).write_bytes(change(data, int(at * len(data))))
+
+        return apply
+
+    def rename(change: Callable[[str], str]) -> Callable[[Path], None]:
+        return lambda folder: (folder / name).rename((folder / name).with_name(change(name.split("/")[-1])))
+
+    def other_hash(entry: str) -> str:
+        return entry[:63] + ("0" if entry[63] != "0" else "1") + entry[64:]
+
+    def swap(folder: Path) -> None:
+        first, second = (folder / name).read_bytes(), (folder / other).read_bytes()
+        (folder / name).write_bytes(second)
+        (folder / other).write_bytes(first)
+
+    def linked(folder: Path) -> None:
+        (folder / name).rename(folder.parent / "elsewhere")
+        (folder / name).symlink_to(folder.parent / "elsewhere")
+
+    def added(path: str, data: bytes = b"x") -> Callable[[Path], None]:
+        def apply(folder: Path) -> None:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
+
+        return apply
+
+    def line(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
+        def apply(folder: Path) -> None:
+            lines = (folder / "MANIFEST.sha256").read_text().splitlines()
+            (folder / "MANIFEST.sha256").write_text("\n".join(change(lines)) + "\n")
+
+        return apply
+
+    which = rng.randrange(len(files) - 1)
+    return [
+        ("a bit", edit(lambda d, i: d[:i] + bytes([d[i] ^ (1 << rng.randrange(8))]) + d[i + 1 :])),
+        ("a byte more", edit(lambda d, i: d[:i] + b"\0" + d[i:])),
+        ("a byte at the end", edit(lambda d, i: d + rng.choice([b"\0", b" ", b"\n", b"\r\n", b"\xef\xbb\xbf"]))),
+        ("a byte less", edit(lambda d, i: d[:i] + d[i + 1 :])),
+        ("cut off", edit(lambda d, i: d[:i])),
+        ("emptied", edit(lambda d, i: b"")),
+        ("removed", lambda folder: (folder / name).unlink()),
+        ("renamed", lambda folder: (folder / name).rename(folder / "other.json")),
+        ("another case", rename(lambda last: last.swapcase())),
+        ("a look-alike", rename(lambda last: last.replace("e", "\u0435", 1) if "e" in last else last + "\u200b")),
+        ("swapped", swap),
+        ("linked", linked),
+        ("a folder in its place", lambda folder: ((folder / name).unlink(), (folder / name).mkdir())),
+        ("a pipe in its place", lambda folder: ((folder / name).unlink(), os.mkfifo(folder / name))),
+        ("one more", added(f"{rng.randrange(99)}.json")),
+        ("one more, hidden", added(f".{rng.randrange(99)}.txt")),
+        ("one more below", added("reference/deeper/x.png")),
+        ("code", added(f"tabular/{rng.choice(['a.pkl', 'b.so', 'c.py', 'd.pt', 'e.joblib'])}")),
+        ("weights outside", added("weights.bin", b"0" * 100)),
+        ("a line less", line(lambda lines: lines[:which] + lines[which + 1 :])),
+        ("a line twice", line(lambda lines: [*lines, lines[which]])),
+        ("a line that leaves", line(lambda lines: [*lines, "0" * 64 + rng.choice(LEAVING)])),
+        ("another hash", line(lambda lines: [other_hash(lines[which]), *lines[:which], *lines[which + 1 :]])),
+        ("no manifest", line(lambda lines: [])),
+    ]  # fmt: skip
+
+
+def test_a_thousand_altered_bundles_are_all_refused(finished: Path, tmp_path: Path):
+    seed = int(os.environ.get("LESIONFLOW_SEED", random.randrange(1 << 30)))
+    print(f"LESIONFLOW_SEED={seed}")
+    rng, bundle, missed, kinds = random.Random(seed), finished / "bundle", [], set()
+    for number in range(1000):
+        ways = alterations(bundle, rng)
+        kind, alter = ways[number % len(ways)]
+        kinds.add(kind)
+        copy = tmp_path / "altered"
+        shutil.copytree(bundle, copy)
+        try:
+            alter(copy)
+            verify(copy)
+            missed.append(kind)
+        except DataError:
+            pass
+        finally:
+            shutil.rmtree(copy)
+            (tmp_path / "elsewhere").unlink(missing_ok=True)
+    assert not missed and len(kinds) == 24

@@ -34,7 +34,7 @@ from typing import Any
 
 from lesionflow.data.images import PreprocessSpec
 from lesionflow.errors import DataError
-from lesionflow.graphfile import check_self_contained
+from lesionflow.graphfile import check_graph
 from lesionflow.keys import file_hash, write_text
 
 FORMAT = 1
@@ -104,7 +104,7 @@ class Bundle:
         if self.hashes and self.hashes.get(name) != hashlib.sha256(data).hexdigest():
             raise DataError(f"{self.path / name}: changed since the bundle was opened: export it again")
         if name.endswith(".onnx"):
-            check_self_contained(data, str(self.path / name))
+            check_graph(data, str(self.path / name))
         return data
 
     def answers(self) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ def check_files(path: Path) -> dict[str, str]:
         raise DataError(f"{path}: the manifest has no {INFO}, so this is no bundle: export it again")
     for name in listed:
         if name.endswith(".onnx"):
-            check_self_contained((path / name).read_bytes(), str(path / name))
+            check_graph((path / name).read_bytes(), str(path / name))
     return listed
 
 

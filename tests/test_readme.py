@@ -72,3 +72,10 @@ def test_relative_links_lead_somewhere() -> None:
     for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
         for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
             assert (ROOT / target).exists(), target
+
+
+def test_every_promise_of_security_names_a_test_that_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 10
+    for path, test in named:
+        assert (ROOT / path).exists() and (not test or f"def {test}(" in (ROOT / path).read_text()), f"{path}::{test}"

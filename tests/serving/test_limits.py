@@ -228,3 +228,14 @@ def test_a_bundle_whose_answers_are_not_reproduced_is_live_but_never_ready(bundl
             assert client.get(path).status_code == 503
             assert "a.png" in client.get(path).json()["error"]
         assert ask(client, [encode(0)]).status_code == 503
+
+
+def test_a_hundred_megapixels_are_refused_at_once(client, encode):
+    data = bytearray(encode(0, "PNG"))
+    data[16:24] = struct.pack(">II", 10_000, 10_000)
+    ask(client, [encode(0)])
+    started = time.perf_counter()
+    response = ask(client, [bytes(data)])
+    seconds = time.perf_counter() - started
+    assert (response.status_code, response.json()["limit"]) == (422, "image.side")
+    assert seconds < 0.02

@@ -102,16 +102,24 @@ class _Told:
     """In what."""
 
 
-def reasons(values: Floats, contributions: Floats, names: Sequence[str], table: pl.DataFrame) -> list[tuple[str, ...]]:
+def reasons(
+    values: Floats,
+    contributions: Floats,
+    names: Sequence[str],
+    table: pl.DataFrame,
+    rows: Sequence[int] | None = None,
+) -> list[tuple[str, ...]]:
     """At most `MOST` phrases for each of B lesions, what raises its score first, strongest first.
 
     values [B, F], NaN where unknown, and contributions [B, F + 1] in log-odds, the base last, of the features `names`;
     `table` has the lesions' metadata in the same order, of whole patients, as the features were made of them
-    (`patient_id` and `anatom_site_general` are used where they are there). Raises `DataError` where these don't match.
+    (`patient_id` and `anatom_site_general` are used where they are there). With `rows` only these of the B are told
+    of, in that order, and contributions are [len(rows), F + 1]. Raises `DataError` where these don't match.
     """
-    if values.shape != (len(table), len(names)) or contributions.shape != (len(table), len(names) + 1):
+    which = list(range(len(table))) if rows is None else list(rows)
+    if values.shape != (len(table), len(names)) or contributions.shape != (len(which), len(names) + 1):
         raise DataError(
-            f"reasons: {values.shape} values and {contributions.shape} contributions for {len(table)} lesions and "
+            f"reasons: {values.shape} values and {contributions.shape} contributions for {len(which)} lesions and "
             f"{len(names)} features; give the matrix that was scored"
         )
     known = {feature.name: feature for feature in catalogue()}
@@ -121,8 +129,8 @@ def reasons(values: Floats, contributions: Floats, names: Sequence[str], table: 
     telling = _telling(contributions, topics, place)
     company = _Company(values, place, table)
     return [
-        _lesion(_Lesion(row, shares, place, site, company.of(number)), topics) if tells else ()
-        for number, (row, shares, site, tells) in enumerate(zip(values, contributions, sites, telling, strict=True))
+        _lesion(_Lesion(values[row], shares, place, sites[row], company.of(row)), topics) if tells else ()
+        for row, shares, tells in zip(which, contributions, telling, strict=True)
     ]
 
 

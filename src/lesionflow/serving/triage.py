@@ -169,7 +169,7 @@ def _scored(
     told = ranked[: asked.reasons]
     if told:
         chosen = [place[one["id"]] for one in told]
-        for one, words in zip(told, visits.explain(described.rows(chosen)), strict=True):
+        for one, words in zip(told, visits.explain(described, chosen), strict=True):
             one["reasons"] = list(words)
     return ranked
 

@@ -150,13 +150,17 @@ class Visits:
             mode, chosen, {name: np.where(able[name], logits.mean(1), np.nan) for name, logits in found.items()}
         )
 
-    def explain(self, table: pl.DataFrame | Described) -> list[tuple[str, ...]]:
-        """What in each lesion's metadata moves its score, in words; none for lesions without metadata."""
+    def explain(self, table: pl.DataFrame | Described, rows: Sequence[int] | None = None) -> list[tuple[str, ...]]:
+        """What in each lesion's metadata moves its score, in words; none for lesions without metadata.
+
+        With `rows` only those lesions are told of, still compared with all: words cost more than scores.
+        """
         lesions = table if isinstance(table, Described) else self.describe(table)
-        names, shares = self.joined.contributions(lesions.record, lesions.visit, lesions.alone)
+        told = lesions if rows is None else lesions.rows(rows)
+        names, shares = self.joined.contributions(told.record, told.visit, told.alone)
         values = lesions.visit if lesions.visit is not None else lesions.record
-        said = reasons(values.values, shares, names, lesions.table)
-        return [one if has else () for one, has in zip(said, lesions.known.tolist(), strict=True)]
+        said = reasons(values.values, shares, names, lesions.table, rows)
+        return [one if has else () for one, has in zip(said, told.known.tolist(), strict=True)]
 
     def predict(
         self,

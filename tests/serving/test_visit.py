@@ -103,7 +103,9 @@ def test_reasons_are_of_the_features_and_their_shares_of_the_score(
 ) -> None:
     heard: dict[str, object] = {}
 
-    def said(values: np.ndarray, shares: np.ndarray, names: tuple[str, ...], table: pl.DataFrame) -> list[tuple[str]]:
+    def said(
+        values: np.ndarray, shares: np.ndarray, names: tuple[str, ...], table: pl.DataFrame, rows: object = None
+    ) -> list[tuple[str]]:
         heard.update(values=values, names=names)
         # What the features add is the metadata's score, so a reason speaks of what the trees did.
         scores = visits.score(np.full((len(table), visits.predictor.bundle.models), np.nan), table)

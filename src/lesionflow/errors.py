@@ -80,8 +80,19 @@ def from_exit_code(code: int, message: str) -> LesionflowError:
 
 _EXTRAS = {
     "cluster": ("kfp", "kubernetes"),
-    "serve": ("onnxruntime", "starlette", "uvicorn"),
-    "train": ("jinja2", "kagglesdk", "lightning", "onnx", "onnxscript", "safetensors", "tensorboard", "timm", "torch"),
+    "serve": ("httptools", "lightgbm", "onnxruntime", "prometheus_client", "python_multipart", "starlette", "uvicorn"),
+    "train": (
+        "jinja2",
+        "kagglesdk",
+        "lightning",
+        "onnx",
+        "onnxscript",
+        "pyarrow",
+        "safetensors",
+        "tensorboard",
+        "timm",
+        "torch",
+    ),
 }
 
 

@@ -47,7 +47,7 @@ class ServiceLimits:
     """Requests being received or waiting for the model at one time."""
     memory: int = 1024 * 1024 * 1024
     """Bytes of all bodies that are held at one time."""
-    wait: float = 5.0
+    wait: float = 1.0
     """Seconds that a request may be expected to wait for the model before it is refused at once."""
     time: float = 300.0
     """Seconds that a request may take in all, from its last byte on."""

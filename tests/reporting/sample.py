@@ -102,7 +102,7 @@ def metrics(kind: str = "patient") -> dict[str, Any]:
         },
         "probability": {
             "kind": "logistic", "a": 0.9312, "b": -4.117, "prevalence": 0.00098, "data_prevalence": 78 / 6_060,
-            "lesions": 6_060, "malignant": 78, "fitted_on": "holdout",
+            "lesions": 6_060, "malignant": 78, "fitted_on": "holdout", "covariance": [[0.011, 0.003], [0.003, 0.024]],
         },
         "served": served(),
         "modes": modes(),
@@ -130,7 +130,7 @@ def modes() -> dict[str, Any]:
             },
             "probability": {
                 "kind": "logistic", "a": 0.9 + i / 50, "b": -4.2, "prevalence": 0.00098, "data_prevalence": 78 / 6_060,
-                "lesions": 6_060, "malignant": 78, "fitted_on": "holdout",
+                "lesions": 6_060, "malignant": 78, "fitted_on": "holdout", "covariance": [[0.011, 0.003], [0.003, 0.024]],
             },
             "thresholds": {
                 band: one | {
@@ -210,7 +210,7 @@ def bare() -> dict[str, Any]:
             cell |= {name: missing() for name in ("pauc", "auc", "sensitivity", "difference")}
     found["leaks"]["exact_duplicates"] = {"count": 0, "checked": 412, "pairs": []}
     found["leaks"]["near_duplicates"] = {"count": None, "pairs": [], "checked": 0, "reason": "not asked for"}
-    found["probability"] |= {"lesions": 412, "malignant": 12, "fitted_on": "out-of-fold"}
+    found["probability"] |= {"lesions": 412, "malignant": 12, "fitted_on": "out-of-fold", "covariance": None}
     found["served"] = {"reason": "no lesions were held out: set folds.holdout, such as 0.2"}
     nothing = {"reason": "no patients were set aside (folds.holdout = 0)"}
     for one in found["modes"]["each"].values():

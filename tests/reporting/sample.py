@@ -130,7 +130,8 @@ def modes() -> dict[str, Any]:
             },
             "probability": {
                 "kind": "logistic", "a": 0.9 + i / 50, "b": -4.2, "prevalence": 0.00098, "data_prevalence": 78 / 6_060,
-                "lesions": 6_060, "malignant": 78, "fitted_on": "holdout", "covariance": [[0.011, 0.003], [0.003, 0.024]],
+                "lesions": 6_060, "malignant": 78, "fitted_on": "holdout",
+                "covariance": [[0.011, 0.003], [0.003, 0.024]],
             },
             "thresholds": {
                 band: one | {

@@ -450,3 +450,13 @@ def test_a_population_is_tested_of_what_it_knows(known) -> None:
     figures = Figures(known["figures"])
     tests = Population(figures, {**known["whole"], "figures": {"band": known["whole"]["figures"]["band"]}})
     assert {figure for figure, _ in tests.names} == {"band"} and len(tests) == 2
+
+
+def test_metadata_that_is_no_figure_is_no_metadata(known) -> None:
+    _, of = cohort(np.random.default_rng(7), 2)
+    count = len(of["metadata"])
+    drift = Drift(known)
+    for table in (of["metadata"], of["metadata"].select("patient_id"), of["metadata"].select(own=pl.lit("x"))):
+        drift.add(None, {"image": of["logits"]["image"][: len(table)]}, bands=of["bands"][: len(table)], table=table)
+    assert {one.value for one in drift.gauges() if one.name == "patients" and not one.labels["institution"]} == {3.0}
+    assert count > 1

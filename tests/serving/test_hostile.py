@@ -30,7 +30,7 @@ def test_five_thousand_hostile_requests_change_nothing(target):
     seed = int(os.environ.get("LESIONFLOW_SEED", random.randrange(1 << 30)))
     print(f"LESIONFLOW_SEED={seed}")
     name = httpx.post(f"{target.url}/v2/repository/index").json()[0]["name"]
-    hostile.attack(target.url, name, 20 * len(hostile.KINDS), seed=0)
+    hostile.attack(target.url, name, 60 * len(hostile.KINDS), seed=0)
     before = hostile.memory(target.process.pid)
     borne = hostile.attack(target.url, name, COUNT, seed)
     assert target.process.poll() is None

@@ -21,8 +21,10 @@ import queue
 import re
 import threading
 import time
+import traceback
 import uuid
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -162,8 +164,8 @@ class Access:
             if isinstance(error, asyncio.CancelledError):
                 raise
         except Exception as error:
-            # Only the kind of error is logged: its text might quote the request.
-            log("error", request_id=request_id, error=type(error).__name__)
+            # Only the kind of error and its place are logged: its text might quote the request.
+            log("error", request_id=request_id, error=type(error).__name__, where=_place(error))
             if not status:
                 await _say(sending, 500, "internal error: please report it", request_id)
         finally:
@@ -192,6 +194,12 @@ def template(scope: Scope) -> str:
     routes = getattr(scope.get("app"), "routes", ())
     endpoint = scope.get("endpoint")
     return next((route.path for route in routes if getattr(route, "endpoint", None) is endpoint), NOWHERE)
+
+
+def _place(error: Exception) -> str:
+    """The last lines of code it came through, innermost first: files and numbers, no values."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
 
 
 async def _say(send: Send, status: int, error: str, request_id: str) -> None:

@@ -242,6 +242,7 @@ class Drift:
             return
         if table is not None:
             table = table.select(name for name in table.columns if f"metadata {name}" in self.figures.names)
+            table = table if table.width else None  # Without columns it has no rows either.
         with self._lock:
             self._waiting.append(_Patient(count, statistics, logits, bands, table, institution))
             if len(self._waiting) >= TOGETHER or sum(one.count for one in self._waiting) >= MOST_TOGETHER:

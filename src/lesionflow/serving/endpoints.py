@@ -186,7 +186,7 @@ def _answers(service: Service, pixels: Pixels, fold_logits: Floats, logit: Float
     seen = service.predictor.look(pixels) if service.looks else None
     answers = service.predictor.answers(pixels, fold_logits, logit, seen)
     if service.drift is not None:
-        service.drift.add(seen, {"image": logit.astype(np.float64)}, bands=[answer.band for answer in answers])
+        service.observe(seen, {"image": logit.astype(np.float64)}, bands=[answer.band for answer in answers])
     return answers
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from lesionflow.data.images import Pixels, to_pixels
 from lesionflow.errors import ImageError, LesionflowError
+from lesionflow.serving.access import log
 from lesionflow.serving.batching import Batcher
 from lesionflow.serving.graph import Floats, available_cpus, lesions
 from lesionflow.serving.predictor import Predictor
@@ -99,6 +100,15 @@ class Service:
 
     async def in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+
+    def observe(self, *what: Any, **more: Any) -> None:
+        """Let a request count in what is held against the hold-out; see `Drift.add`. Never the request's trouble."""
+        if self.drift is None:
+            return
+        try:
+            self.drift.add(*what, **more)
+        except Exception as error:
+            log("error", message="drift can't take this request in", error=type(error).__name__)
 
     @asynccontextmanager
     async def in_time(self) -> AsyncIterator[None]:

@@ -193,7 +193,7 @@ def _drift(
     if table is not None and "attribution" in table.columns:
         named = table["attribution"].drop_nulls().unique().to_list()
         institution = named[0] if len(named) == 1 else None
-    service.drift.add(places or None, logits, bands=bands, table=table, institution=institution)
+    service.observe(places or None, logits, bands=bands, table=table, institution=institution)
 
 
 def _ranked(lesions: list[dict[str, Any]]) -> list[dict[str, Any]]:

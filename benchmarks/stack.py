@@ -237,13 +237,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the cohort")
     parser.add_argument("--members", type=int, help="LightGBM models per fold (2; with --run as the run has)")
     parser.add_argument("--rounds", type=int, help="of each (200; with --run as the run has)")
+    parser.add_argument("--no-derived", action="store_true", help="context and neighbours on plain columns alone")
     parser.add_argument("--method", default="auto")
     parser.add_argument("--replicates", type=int, default=2000)
     options = parser.parse_args()
     if options.run:
         real(*options.run, options)
     else:
-        emulate(options, Tabular(lightgbm=options.members or 2, rounds=options.rounds or 200))
+        tabular = Tabular(lightgbm=options.members or 2, rounds=options.rounds or 200, derived=not options.no_derived)
+        emulate(options, tabular)
 
 
 if __name__ == "__main__":

@@ -114,3 +114,18 @@ def test_closing_finishes_what_was_given(running):
     assert [one.result(0)[1][0] for one in futures] == list(range(20))
     with pytest.raises(RuntimeError, match="closed"):
         batcher.give(crops(1))
+
+
+def test_who_leaves_costs_no_work_and_takes_nobody_along(running):
+    graph = Slow()
+    batcher = running(graph, batch=2)
+    graph.go.clear()
+    begun = batcher.give(crops(1))
+    while not batcher._jobs[0].given:
+        time.sleep(0.001)
+    waiting = batcher.give(crops(*range(2, 40)))
+    assert begun.cancel() and waiting.cancel()
+    last = batcher.give(crops(200))
+    graph.go.set()
+    assert last.result(5)[1] == 200 and batcher.waiting == 0
+    assert graph.asked == [[1], [200]], "what nobody waits for isn't worked on"

@@ -97,10 +97,12 @@ class Batcher:
     def _take(self) -> list[tuple[_Job, slice]]:
         """The next batch, a share of each job that waits; empty when closed and done."""
         with self._change:
+            self._drop()
             while not (ready := [job for job in self._jobs if job.given < len(job.pixels)]):
                 if self._closed:
                     return []
                 self._change.wait()
+                self._drop()
             pieces, room = [], self._batch
             for position, job in enumerate(ready):
                 # What is left of the batch, dealt out among those still to come.
@@ -113,6 +115,12 @@ class Batcher:
                     break
             self._jobs.rotate(-1)
             return pieces
+
+    def _drop(self) -> None:
+        """Forget jobs whose askers have left: nobody waits for their answers."""
+        for job in [job for job in self._jobs if job.future.cancelled()]:
+            job.failed, job.given = True, len(job.pixels)
+            self._jobs.remove(job)
 
     def _work(self) -> None:
         while pieces := self._take():
@@ -148,6 +156,9 @@ class Batcher:
                     self._jobs.remove(job)
                     ended.append(job)
         for job in ended:
+            # Who asked may have left just now; from here on nobody can, and a future that was cancelled takes nothing.
+            if not job.future.set_running_or_notify_cancel():
+                continue
             if error is None:
                 job.future.set_result((job.fold_logits, job.logit))
             else:

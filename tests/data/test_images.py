@@ -8,8 +8,9 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from lesionflow.data import images
 from lesionflow.data.images import (
     ImageInfo,
     Limits,
@@ -161,3 +162,47 @@ def test_the_specification_survives_json() -> None:
 
     spec = PreprocessSpec(size=96, filter="bicubic", mean=(0.5, 0.4, 0.3))
     assert PreprocessSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def with_exif(tags: bytes, count: int) -> bytes:
+    """A JPEG of 24 x 16 pixels whose EXIF has an orientation of 6 and `count - 1` more entries."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 24, 3), np.uint8)).save(buffer, "JPEG")
+    tiff = b"II*\0" + struct.pack("<IH", 8, count) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + tags
+    segment = b"Exif\0\0" + tiff
+    return b"\xff\xd8\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + buffer.getvalue()[2:]
+
+
+def test_exif_that_makes_no_sense_never_breaks_more_than_its_image():
+    rng, upright = np.random.default_rng(5), 0
+    for _ in range(400):
+        count = int(rng.integers(0, 6))
+        tags = b"".join(
+            struct.pack("<HHII", rng.choice([0x010F, 0x0132, 0x011A, 0x8769, 0x8825, rng.integers(1, 65535)]),
+                        rng.integers(0, 14), rng.integers(0, 9), rng.integers(0, 2**32))
+            for _ in range(count)
+        )  # fmt: skip
+        try:
+            upright += images.decode(with_exif(tags, count + 1)).shape == (24, 16, 3)
+        except ImageError as error:
+            assert "damaged JPEG" in str(error)
+    assert upright > 300, "of what can be seen nothing is lost"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_comes_out_upright_as_pillow_turns_it(kind, orientation):
+    made = Image.fromarray(np.random.default_rng(1).integers(0, 255, (16, 24, 3), np.uint8))
+    exif, buffer = made.getexif(), io.BytesIO()
+    exif[0x0112] = orientation
+    made.save(buffer, kind, exif=exif)
+    wanted = np.asarray(ImageOps.exif_transpose(Image.open(buffer)))
+    assert np.abs(images.decode(buffer.getvalue()).astype(int) - wanted).max() <= (0 if kind == "PNG" else 2)
+
+
+def test_what_cannot_be_identified_tells_nothing_of_this_process():
+    with pytest.raises(ImageError) as refused:
+        images.decode(
+            b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">IIBB", 20, 20, 8, 2) + b"\0" * 20
+        )
+    assert "0x" not in str(refused.value)

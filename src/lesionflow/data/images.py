@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from lesionflow.errors import ImageError
 
@@ -30,6 +30,18 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
 
 
 @dataclass(frozen=True)
@@ -185,13 +197,21 @@ def decode(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Pixels:
         if info.format == "jpeg" and info.channels in (1, 3) and info.bits == 8 and info.orientation == 1:
             return simplejpeg.decode_jpeg(data, strict=True)  # type: ignore[no-any-return]
         return _decode_slowly(data, info)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"damaged {info.format.upper()} data ({error}): restore the file") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises anything from OSError to KeyError on damaged files.
+        # Its text for what it can't identify holds an address of this process.
+        why = "can't be identified" if isinstance(error, UnidentifiedImageError) else error
+        raise ImageError(f"damaged {info.format.upper()} data ({why}): restore the file") from None
 
 
 def _decode_slowly(data: bytes, info: ImageInfo) -> Pixels:
     with Image.open(io.BytesIO(data), formats=(info.format,)) as file:
-        image: Image.Image = ImageOps.exif_transpose(file)
+        file.load()
+        # Of the EXIF the orientation alone is read: Pillow's own transposition writes the rest anew, and fails on it.
+        exif = file.info.get("exif", b"") if info.format == "png" else b""
+        turn = _UPRIGHT.get(_exif_orientation(exif.removeprefix(b"Exif\0\0")) if exif else info.orientation)
+        image: Image.Image = file if turn is None else file.transpose(turn)
         if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it.
             grey = (np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8)
             return np.repeat(grey[..., None], 3, axis=2)

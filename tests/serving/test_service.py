@@ -208,3 +208,8 @@ def test_a_tampered_bundle_is_not_served(bundle_copy):
     (bundle_copy / "MODEL_CARD.md").write_text("better than it is")
     with pytest.raises(DataError, match="MODEL_CARD"):
         serve(bundle_copy, port=0)
+
+
+def test_a_hangup_drains_and_ends_with_0(start, bundle_dir):
+    with start(bundle_dir) as running:
+        assert running.stop(signal.SIGHUP)[0] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -74,3 +75,20 @@ def test_drift_is_told(client) -> None:
         text = telemetry.render()[0].decode()
     assert 'lesionflow_drift_shift{figure="brightness",institution="",test="level"} 0.25' in text
     assert 'lesionflow_drift_windows{institution=""} 2.0' in text
+
+
+def test_an_institution_that_is_no_longer_looked_at_is_no_longer_told(bundle_dir):
+    class Drifts:
+        names = ("here", "there")
+
+        def gauges(self):
+            return [SimpleNamespace(name="shift", labels={"institution": n}, value=1.0) for n in self.names]
+
+    app = create_app(bundle_dir)
+    telemetry = app.state.telemetry
+    telemetry._drift = Drifts()
+    assert b'institution="there"' in telemetry.render()[0]
+    telemetry._drift.names = ("here",)
+    body = telemetry.render()[0]
+    app.state.service.close()
+    assert b'institution="here"' in body and b'institution="there"' not in body

@@ -8,6 +8,7 @@ has a slot, not a process number, so that two hundred restarts leave no more fil
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ class Telemetry:
             multiprocess_mode="livemax", **own,
         )  # fmt: skip
         self._ready = Gauge(f"{prefix}_ready", "Workers that are ready.", **gauge)
+        self._lock = threading.Lock()
+        self._told: dict[str, set[tuple[str, ...]]] = {}
         self._drifts: dict[str, Gauge] = {}
         info = service.predictor.bundle
         self._model = Gauge(
@@ -101,7 +104,13 @@ class Telemetry:
         self._waiting.set(self._service.batcher.waiting)
         self._wait.set(self._service.batcher.wait(1))
         self._ready.set(self._service.reason is None)
-        for one in self._drift.gauges() if self._drift is not None else ():
+        if self._drift is not None:
+            with self._lock:  # A scrape and the workers' own look may come together.
+                self._tell_drift(self._drift)
+
+    def _tell_drift(self, drift: Drift) -> None:
+        told: dict[str, set[tuple[str, ...]]] = {}
+        for one in drift.gauges():
             gauge = self._drifts.get(one.name)
             if gauge is None:
                 # Each worker has windows of its own, told apart by `pid`, which is its slot.
@@ -110,6 +119,13 @@ class Telemetry:
                     registry=self._registry, multiprocess_mode="liveall",
                 )  # fmt: skip
             gauge.labels(**one.labels).set(one.value)
+            told.setdefault(one.name, set()).add(tuple(str(value) for value in one.labels.values()))
+        for name, before in self._told.items():
+            for labels in before - told.get(name, set()):
+                # Of several workers each keeps a file of what it once told: there it can only be made no number.
+                self._drifts[name].labels(*labels).set(float("nan"))
+                self._drifts[name].remove(*labels)
+        self._told = told
 
     def render(self) -> tuple[bytes, str]:
         """The answer to a scrape, of all workers, and its media type."""

@@ -204,3 +204,62 @@ def test_each_visit_counts_once_in_what_is_held_against_the_hold_out(finished, v
     assert [int(np.isfinite(x).sum()) for x in (looks["brightness"], logits["image"], logits["record"])] == [3, 3, 5]
     assert len(first["bands"]) == len(first["table"]) == 6
     assert more["table"] is None and np.isfinite(second["image"]).all()
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "lesion", ['{"id":"a","metadata":{"sex":"\\ud800"}}', '{"id":"a","metadata":{"\\udfff":"x"}}', '{"id":"\\ud800"}']
+)
+def test_half_a_character_is_refused_by_name(http, lesion):
+    answer = http.post("/v1/triage", content=f'{{"lesions":[{lesion}]}}', headers=JSON)
+    assert answer.status_code == 422 and "lesions[0]" in answer.json()["error"], answer.text
+
+
+@pytest.mark.parametrize("numbers", [(1e308, -1e308), (1e200, 1e200), (5.0, -2e6)])
+def test_numbers_beyond_measure_are_refused_by_name(http, numbers):
+    lesions = [{"id": f"L{n}", "metadata": {"tbp_lv_x": x, "age_approx": 50}} for n, x in enumerate(numbers)]
+    answer = http.post("/v1/triage", json={"lesions": lesions})
+    assert answer.status_code == 422 and "column tbp_lv_x: L" in answer.json()["error"], answer.text
+
+
+def test_tables_and_lists_that_can_be_no_visit_are_refused_before_they_are_read(http):
+    started = time.perf_counter()
+    wide = ",".join(["isic_id", *(f"c{n}" for n in range(40_000))]) + "\n"
+    answer = http.post("/v1/triage", files=[("metadata", ("m.csv", wide.encode()))])
+    assert answer.status_code == 422 and "40,001 columns" in answer.json()["error"], answer.text
+    long = "isic_id\n" + "".join(f"a{n}\n" for n in range(500_000))
+    answer = http.post("/v1/triage", files=[("metadata", ("m.csv", long.encode()))])
+    assert answer.status_code == 413 and answer.json()["limit"] == "visit", answer.text
+    for inside in (b"{}", b"1"):
+        answer = http.post("/v1/triage", content=b'{"lesions":[' + (inside + b",") * 3_000_000 + b"1]}", headers=JSON)
+        assert answer.status_code == 413 and answer.json()["limit"] == "visit", answer.text
+    assert time.perf_counter() - started < 10
+
+
+def test_headers_in_capitals_are_understood_and_what_is_not_used_is_said(http, visit):
+    images, table = visit
+    head, *rows = table.head(3).write_csv().splitlines()
+    files = [("images", (f"{name}.jpg", data)) for name, data in images[:2]]
+    plain = http.post("/v1/triage", files=[*files, ("metadata", ("m.csv", "\n".join([head, *rows]).encode()))]).json()
+    odd = "\r\n".join([head.upper() + ", Shoe_Size", *(" " + row + ",44" for row in rows)])
+    answer = http.post("/v1/triage", files=[*files, ("metadata", ("m.csv", odd.encode()))]).json()
+    assert [one["probability"] for one in answer["lesions"]] == [one["probability"] for one in plain["lesions"]]
+    used, pictures = answer["context"]["notes"]
+    assert "Shoe_Size" in used and table["isic_id"][2] in pictures and "1 of 3" in pictures
+
+
+def test_a_visit_that_is_asked_for_again_can_stay_out_of_the_figures(finished, visit):
+    app, heard = create_app(finished / "bundle"), []
+    lesion = {"id": "room/4", "image": base64.b64encode(visit[0][0][1]).decode()}
+    with TestClient(app) as client:
+        while app.state.service.reason is not None:
+            time.sleep(0.05)
+        app.state.service.answered = heard.append
+        for options in ({}, {"count": False}):
+            answer = client.post("/v1/triage", json={"lesions": [lesion], "options": options})
+            assert answer.json()["lesions"][0]["id"] == "room/4", answer.text
+        assert len(heard) == 1
+        answer = client.post("/v1/triage", json={"lesions": [lesion], "options": {"heatmaps": ["other"]}})
+        assert answer.status_code == 422 and "'other'" in answer.json()["error"]

@@ -8,7 +8,10 @@ gives the text as it stands (the audit looks at that), `read_metadata` the typed
 from __future__ import annotations
 
 import csv
+import io
+from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -18,6 +21,7 @@ from lesionflow.errors import DataError
 
 NULLS = ["", "NA"]
 _SHOWN = 5
+_KNOWN = {name.casefold(): name for name in BY_NAME}
 
 
 class FileError(DataError):
@@ -39,18 +43,26 @@ def read_metadata(path: Path, *, require: Sequence[str] = ("isic_id",)) -> pl.Da
     return typed(read_cells(path), path, require=require)
 
 
-def read_text(text: str, where: str) -> pl.DataFrame:
-    """As `read_metadata`, of a CSV that is in memory; errors call it `where`."""
+def read_text(text: str, where: str, *, rows: int | None = None, columns: int = 200) -> pl.DataFrame:
+    """As `read_metadata`, of a CSV that is in memory; errors call it `where`.
+
+    At most `rows` rows are read. Spaces around cells don't count, nor does the case of a known column's name.
+    Raises `DataError` also for more than `columns` columns.
+    """
+    lines = filter(None, csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True))
     try:
-        names, *rows = [row for row in csv.reader(text.removeprefix("\ufeff").splitlines(), strict=True) if row]
-    except (ValueError, csv.Error):
+        names = [_KNOWN.get(name.strip().casefold(), name.strip()) for name in next(lines)]
+        if len(names) > columns:
+            raise DataError(f"{where}: {len(names):,} columns, the competition has {len(BY_NAME)}: send those")
+        rows_read = [[cell.strip() for cell in row] for row in islice(lines, rows)]
+    except (StopIteration, csv.Error):
         raise DataError(f"{where}: not a CSV with a header line: send the text of one") from None
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    if repeated := _repeated(names):
         raise DataError(f"{where}: column {_listed(repeated)} occurs twice in the header: rename or remove one")
-    if ragged := next((n for n, row in enumerate(rows, 2) if len(row) != len(names)), None):
+    if ragged := next((n for n, row in enumerate(rows_read, 2) if len(row) != len(names)), None):
         raise DataError(f"{where}: line {ragged:,} hasn't the header's {len(names)} cells: {_RAGGED}")
-    columns = {name: [None if row[n] in NULLS else row[n] for row in rows] for n, name in enumerate(names)}
-    return typed(pl.DataFrame(columns, schema=dict.fromkeys(names, pl.String)), where)
+    cells = {name: [None if row[n] in NULLS else row[n] for row in rows_read] for n, name in enumerate(names)}
+    return typed(pl.DataFrame(cells, schema=dict.fromkeys(names, pl.String)), where)
 
 
 def typed(cells: pl.DataFrame, path: Path | str, *, require: Sequence[str] = ("isic_id",)) -> pl.DataFrame:
@@ -154,6 +166,10 @@ def _check_ids(path: Path | str, table: pl.DataFrame) -> None:
         )
 
 
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
 def _header(path: Path) -> list[str]:
     if not path.is_file():
         raise FileError(
@@ -166,7 +182,7 @@ def _header(path: Path) -> list[str]:
             names = next(csv.reader(file), [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise _explain(path, 0, error) from None
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    if repeated := _repeated(names):
         problem = f"column {', '.join(repeated)} occurs twice in the header"
         raise FileError(path, "repeated_column", problem, "rename or remove one")
     return names

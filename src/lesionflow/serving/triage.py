@@ -81,8 +81,12 @@ async def _triage(request: Request) -> Response:
     answer["request_id"] = request.state.request_id
     request.state.lesions = len(answer["lesions"])
     answer["summary"]["seconds"] = round(time.perf_counter() - started, 3)
-    body = json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
+    body = await service.in_thread(_body, answer)
     return Response(body, media_type="application/json")
+
+
+def _body(answer: dict[str, Any]) -> bytes:
+    return json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
 
 
 async def _asked(request: Request, service: Service, place: Place) -> Asked:
@@ -106,11 +110,12 @@ async def _answer(service: Service, asked: Asked) -> dict[str, Any]:
     errors = [_error(asked, rows[place], error) for place, error in failed.items()]
     lesions = await service.in_thread(_scored, service, asked, seen, pixels, raw, logit)
     unscored = [one for one in lesions if one["mode"] is None]
+    named, places = {error["id"] for error in errors}, {name: row for row, name in enumerate(asked.ids)}
     errors += [
         {"id": one["id"], "file": one["file"], "error": "neither a picture nor metadata to score it by", "limit": None,
-         "position": asked.ids.index(one["id"])}
+         "position": places[one["id"]]}
         for one in unscored
-        if one["id"] not in {error["id"] for error in errors}
+        if one["id"] not in named
     ]  # fmt: skip
     if len(unscored) == len(lesions):
         raise RequestError("nothing can be scored: see errors", status=422, details={"errors": errors})
@@ -118,13 +123,14 @@ async def _answer(service: Service, asked: Asked) -> dict[str, Any]:
         await service.in_thread(_draw, service, asked, lesions, seen, pixels)
     bands = Counter(one["band"] or "none" for one in lesions)
     judged = sum(one["mode"] is not None and one["band"] != "cannot judge" for one in lesions)
-    service.answered([one["band"] for one in lesions])
+    if asked.count:
+        service.answered([one["band"] for one in lesions])
     visit = predictor.bundle.info.get("visit") or {}
     served = visit.get("served", "image")
     calibration = visit["modes"][served]["calibration"] if visit else predictor.bundle.info["calibration"]
     return {
         "model": service.name, "bundle": predictor.bundle.version, "request_id": None, "notice": NOTICE,
-        "served": served, "context": _context(service, asked, lesions),
+        "served": served, "context": _context(service, asked, lesions) | {"notes": list(asked.notes)},
         "summary": {
             "lesions": len(lesions), "judged": judged,
             "bands": {name: bands[name] for name in ("refer", "routine", "low", "cannot judge", "none")},
@@ -183,7 +189,7 @@ def _drift(
     bands: list[str | None],
 ) -> None:
     """Let the visit count in what is held against the hold-out."""
-    if service.drift is None:
+    if service.drift is None or not asked.count:
         return
     places = {}
     for name, values in (looks or {}).items():

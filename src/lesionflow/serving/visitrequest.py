@@ -15,15 +15,19 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import polars as pl
+import polars.selectors as cs
 
-from lesionflow.data.schema import TEST_COLUMNS
+from lesionflow.data.schema import BY_NAME, TEST_COLUMNS
 from lesionflow.data.table import read_text, typed
 from lesionflow.errors import DataError
-from lesionflow.serving.multipart import plain_name, read_parts
+from lesionflow.serving.multipart import LONGEST_NAME, read_parts
 from lesionflow.serving.protocol import RequestError, ServiceLimits
 
 REASONS = 100
 """So many of the highest-ranked get reasons unless asked otherwise: they cost as much as the score."""
+MOST_COLUMNS = 200
+MOST_NUMBER = 1e6
+"""Nothing that is measured on skin comes near; sums and squares of more stop being numbers."""
 WITHHELD = ("patient_id", "target")
 """Columns of metadata that aren't used: whose visit it is is known, and the answer isn't asked of the client."""
 
@@ -41,6 +45,10 @@ class Asked:
     """Whether any metadata came."""
     heatmaps: frozenset[str] | bool
     reasons: int
+    count: bool = True
+    """Whether the visit counts in the service's figures: one that is asked for again, for its heat maps, shouldn't."""
+    notes: tuple[str, ...] = ()
+    """What of the request isn't used."""
 
 
 def of_form(body: bytes, content_type: str, limits: ServiceLimits) -> Asked:
@@ -61,12 +69,17 @@ def of_form(body: bytes, content_type: str, limits: ServiceLimits) -> Asked:
             raise RequestError(
                 f"part {part.name[:64]!r} of the form is unknown or came twice: there are images, metadata and options"
             )
-    table = _table(metadata) if metadata is not None else None
-    return _joined(files, images, table, options, limits)
+    table, unused = _table(metadata, limits) if metadata is not None else (None, ())
+    return _joined(files, images, table, options, limits, unused)
 
 
 def of_json(body: bytes, limits: ServiceLimits) -> Asked:
     """Read JSON. Raises `RequestError`."""
+    # Objects and lists take forty times their text: what can't be a visit isn't read.
+    if body.count(b"{") > 2 * limits.visit + 10 or body.count(b",") > (MOST_COLUMNS + 10) * limits.visit + 100:
+        raise RequestError(
+            f"more objects or values than {limits.visit:,} lesions have: leave some out", status=413, limit="visit"
+        )
     request = _json(body, "the request")
     lesions = request.get("lesions") if isinstance(request, dict) else None
     if not isinstance(lesions, list) or not all(isinstance(one, dict) for one in lesions):
@@ -77,21 +90,27 @@ def of_json(body: bytes, limits: ServiceLimits) -> Asked:
         name, where = lesion.get("id", str(position + 1)), f"lesions[{position}]"
         if not isinstance(name, str) or not name:
             raise RequestError(f"{where}.id must be a text")
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise RequestError(
+                f"{where}.id has control characters, or more than {LONGEST_NAME} in all: send a plain text", status=422
+            )
         row = lesion.get("metadata") or {}
         if not isinstance(row, dict) or not all(isinstance(v, str | int | float | None) for v in row.values()):
             raise RequestError(f"{where}.metadata must be an object of texts and numbers")
-        ids.append(plain_name(name))
+        if not all(_is_whole(text) for text in (*row, *row.values()) if isinstance(text, str)):
+            raise RequestError(f"{where}.metadata holds half a character (a lone surrogate): leave it out", status=422)
+        ids.append(name)
         images.append(_base64(lesion.get("image"), where))
         rows.append({column: None if v is None or v == "" else str(v) for column, v in row.items()})
     columns = sorted({column for row in rows for column in row} - {"isic_id"})
-    if len(columns) > 200:
+    if len(columns) > MOST_COLUMNS:
         raise RequestError(
             f"lesions have {len(columns)} columns of metadata, the competition knows {len(TEST_COLUMNS)}"
         )
     cells = {"isic_id": ids} | {column: [row.get(column) for row in rows] for column in columns}
     _unique(ids, "lesions")
-    table = _typed(pl.DataFrame(cells, schema=dict.fromkeys(cells, pl.String))) if columns else None
-    return _joined(list(ids), images, table, request.get("options") or {}, limits, plain=True)
+    table, unused = _typed(pl.DataFrame(cells, schema=dict.fromkeys(cells, pl.String))) if columns else (None, ())
+    return _joined(list(ids), images, table, request.get("options") or {}, limits, unused, plain=True)
 
 
 def _joined(
@@ -100,6 +119,7 @@ def _joined(
     table: pl.DataFrame | None,
     options: Any,
     limits: ServiceLimits,
+    unused: Sequence[str],
     *,
     plain: bool = False,
 ) -> Asked:
@@ -108,23 +128,32 @@ def _joined(
     stems = [name if plain or name in known else PurePosixPath(name).stem or name for name in files]
     _unique(stems, "images")
     ids, given = list(stems), list(images)
+    notes = [f"columns not used: {', '.join(unused[:10])}{', ...' if len(unused) > 10 else ''}"] if unused else []
     if not plain and table is not None:
-        extra = [name for name in table["isic_id"].to_list() if name not in set(stems)]
+        seen = set(stems)
+        extra = [name for name in table["isic_id"].to_list() if name not in seen]
         ids, given = [*ids, *extra], [*given, *[None] * len(extra)]
+        if extra and stems:
+            shown = ", ".join(extra[:5]) + (", ..." if len(extra) > 5 else "")
+            notes.append(f"no picture has the name of {len(extra):,} of {table.height:,} rows: {shown}")
     if not ids:
         raise RequestError("no lesions: send images, or metadata with a row for each lesion", status=422)
     _bounded(len(ids), limits)
     order = pl.DataFrame({"isic_id": ids})
     lesions = order if table is None else order.join(table, on="isic_id", how="left", maintain_order="left")
-    heatmaps, reasons = _options(options, limits)
+    heatmaps, reasons, count = _options(options, limits)
+    if isinstance(heatmaps, frozenset) and (unknown := sorted(heatmaps - set(ids))):
+        raise RequestError(f"heat maps: no lesion has the id {unknown[0][:64]!r}: name those of this visit", status=422)
     names = [None if plain or n >= len(files) else files[n] for n in range(len(ids))]
-    return Asked(ids, names, given, lesions, table is not None, heatmaps, reasons)
+    return Asked(ids, names, given, lesions, table is not None, heatmaps, reasons, count, tuple(notes))
 
 
-def _options(options: Any, limits: ServiceLimits) -> tuple[frozenset[str] | bool, int]:
-    if not isinstance(options, dict) or set(options) - {"heatmaps", "reasons"}:
-        raise RequestError("options must be an object; there are heatmaps and reasons")
+def _options(options: Any, limits: ServiceLimits) -> tuple[frozenset[str] | bool, int, bool]:
+    if not isinstance(options, dict) or set(options) - {"heatmaps", "reasons", "count"}:
+        raise RequestError("options must be an object; there are heatmaps and reasons, and count")
     heatmaps, reasons = options.get("heatmaps", False), options.get("reasons", REASONS)
+    if not isinstance(count := options.get("count", True), bool):
+        raise RequestError("options.count must be true or false: whether the visit counts in the service's figures")
     if isinstance(heatmaps, list) and all(isinstance(one, str) for one in heatmaps):
         if len(heatmaps) > limits.heatmaps:
             raise RequestError(
@@ -137,29 +166,45 @@ def _options(options: Any, limits: ServiceLimits) -> tuple[frozenset[str] | bool
         reasons = limits.visit if reasons else 0
     if not isinstance(reasons, int) or reasons < 0:
         raise RequestError("options.reasons must be true, false or how many of the highest-ranked get any")
-    return heatmaps, reasons
+    return heatmaps, reasons, count
 
 
-def _table(metadata: bytes) -> pl.DataFrame:
+def _table(metadata: bytes, limits: ServiceLimits) -> tuple[pl.DataFrame, Sequence[str]]:
     try:
-        return _one_patient(read_text(metadata.decode("utf-8"), "metadata"))
+        # One row too many is enough to be refused by.
+        text = metadata.decode("utf-8")
+        return _one_patient(read_text(text, "metadata", rows=limits.visit + 1, columns=MOST_COLUMNS))
     except UnicodeDecodeError:
         raise RequestError("metadata isn't UTF-8: save the CSV as UTF-8", status=422) from None
     except DataError as error:
         raise RequestError(str(error), status=422) from None
 
 
-def _typed(cells: pl.DataFrame) -> pl.DataFrame:
+def _typed(cells: pl.DataFrame) -> tuple[pl.DataFrame, Sequence[str]]:
     try:
         return _one_patient(typed(cells, "metadata"))
     except DataError as error:
         raise RequestError(str(error), status=422) from None
 
 
-def _one_patient(table: pl.DataFrame) -> pl.DataFrame:
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _one_patient(table: pl.DataFrame) -> tuple[pl.DataFrame, Sequence[str]]:
+    """The columns that may be used, and the names of those that nobody knows."""
     if "patient_id" in table.columns and (patients := table["patient_id"].drop_nulls().unique()).len() > 1:
         raise DataError(f"metadata: column patient_id: {patients.len():,} patients; a visit is one patient's")
-    return table.select(name for name in table.columns if name in TEST_COLUMNS and name not in WITHHELD)
+    known = table.select(name for name in table.columns if name in TEST_COLUMNS and name not in WITHHELD)
+    for name in known.select(cs.float()).columns:
+        if (beyond := known.filter(known[name].abs() > MOST_NUMBER)).height:
+            first = f"{beyond['isic_id'][0]}: {beyond[name][0]:g}"
+            raise DataError(f"metadata: column {name}: {first} is more than can be measured: correct it")
+    return known, [name for name in table.columns if name not in BY_NAME]
 
 
 def _bounded(count: int, limits: ServiceLimits) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
+import io
 import json
 import signal
 import socket
@@ -13,9 +16,12 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from lesionflow.data.images import PreprocessSpec, to_batch
 from lesionflow.serving.predictor import Predictor
+from lesionflow.serving.protocol import RequestError, ServiceLimits
+from lesionflow.serving.service import Service
 
 INFER = "/v2/models/tiny/infer"
 
@@ -213,3 +219,48 @@ def test_a_tampered_bundle_is_not_served(bundle_copy):
 def test_a_hangup_drains_and_ends_with_0(start, bundle_dir):
     with start(bundle_dir) as running:
         assert running.stop(signal.SIGHUP)[0] == 0
+
+
+def flat(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), (200, 150, 120)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def idle(bundle_dir):
+    made = Service(Predictor(bundle_dir), ServiceLimits(wait=0.2, requests=3))
+    made.reason = None
+    yield made
+    made.close()
+
+
+def test_large_pictures_that_wait_to_be_decoded_count_in_the_wait_and_go_one_by_one(idle, encode):
+    large, small = flat(4500), encode(0)
+    assert [rows.stop - rows.start for rows, _ in idle._pieces([small] * 70 + [large] * 2)] == [64, 6, 1, 1]
+
+    async def busy() -> None:
+        with idle.admitted() as place:
+            await idle.usable([large], place)
+            others = [asyncio.create_task(idle.usable([large] * 2, place)) for _ in range(12)]
+            await asyncio.sleep(0.02)
+            with pytest.raises(RequestError, match="of work are waiting") as refused, idle.admitted():
+                pass
+            assert refused.value.limit == "wait"
+            await asyncio.gather(*others)
+            assert place.bytes == 25 * idle.predictor.spec.size**2 * 3, "decoded pictures are held too"
+
+    asyncio.run(busy())
+    with idle.admitted():
+        assert idle._queued == 0
+
+
+def test_bodies_that_are_slow_to_come_take_nobodys_place(idle):
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(idle.admitted()) for _ in range(10)]
+        for place in slow[:3]:
+            place.received()
+        for refused in (slow[3].received, lambda: stack.enter_context(idle.admitted())):
+            with pytest.raises(RequestError, match="3 requests are waiting"):
+                refused()
+    assert idle.pending == idle.held == idle.decoding == 0

@@ -169,7 +169,7 @@ async def _infer(request: Request) -> Response:
             asked = await service.in_thread(parse, body, header_length, service.predictor.spec.size, limits)
             pixels = asked.pixels
             if pixels is None:
-                pixels = await service.in_thread(service.decode, asked.images)
+                pixels = await service.decode(asked.images or [])
             place.decoded()
             outputs = await service.logits(pixels)
             answers = await service.in_thread(_answers, service, pixels, *outputs)

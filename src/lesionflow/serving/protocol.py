@@ -44,9 +44,9 @@ class ServiceLimits:
     heatmaps: int = 64
     """Heat maps of a triage request."""
     requests: int = 128
-    """Requests being received or waiting for the model at one time."""
+    """Requests that were received and wait for the model at one time."""
     memory: int = 1024 * 1024 * 1024
-    """Bytes of all bodies that are held at one time."""
+    """Bytes of all bodies and decoded pictures that are held at one time."""
     wait: float = 1.0
     """Seconds that a request may be expected to wait for the model before it is refused at once."""
     time: float = 300.0

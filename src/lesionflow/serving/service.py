@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lesionflow.data.images import Pixels, to_pixels
+from lesionflow.data.images import Pixels, check_limits, inspect, to_pixels
 from lesionflow.errors import ImageError, LesionflowError
 from lesionflow.serving.access import log
-from lesionflow.serving.batching import Batcher
+from lesionflow.serving.batching import MEMORY, Batcher
 from lesionflow.serving.graph import Floats, available_cpus, lesions
 from lesionflow.serving.predictor import Predictor
 from lesionflow.serving.protocol import RequestError, ServiceLimits
@@ -28,13 +29,26 @@ if TYPE_CHECKING:
 VERSION = "1"
 PIECE = 64
 """Pictures decoded before the graph gets them: it works on these while the next are decoded."""
+PIECE_PIXELS = 4_000_000
+"""Pixels decoded at a time, unless one picture has more: nobody waits long behind another's large photographs."""
+PICTURE = 10_000
+"""Pixels that a picture takes the time of beside its own."""
 
 
 class Place:
     """A request that has begun, and what its body takes."""
 
     def __init__(self, service: Service) -> None:
-        self.service, self.bytes, self._decoding = service, 0, True
+        self.service, self.bytes, self._decoding, self.waits = service, 0, True, False
+
+    def received(self) -> None:
+        """The body is there, so it waits for the model now: who sends slowly takes nobody's place.
+
+        Raises `RequestError` if too many wait already.
+        """
+        self.service.check_room()
+        self.service.pending += 1
+        self.waits = True
 
     def decoded(self) -> None:
         """The graph has its pictures, or never will."""
@@ -66,7 +80,9 @@ class Service:
         self.reason: str | None = "the reference lesions haven't been checked yet"
         """Why the service isn't ready; None once it is."""
         self.pending = self.held = self.decoding = 0
-        """Requests that have begun, bytes of their bodies, and requests whose pictures the graph hasn't got yet."""
+        """Requests that were received, bytes held of all, and requests whose pictures the graph hasn't got yet."""
+        self._queued, self._per_pixel = 0, 0.0
+        """Pixels that wait to be decoded, and the seconds that one has taken as of late."""
         self.bands: Counter[str] = Counter()
         """Lesions answered so far, by band."""
         self.batched: Callable[[int, float], None] = lambda count, seconds: None
@@ -83,7 +99,8 @@ class Service:
             self.drift = Drift(known)
         self.looks = self.drift is not None or bool(predictor.bundle.info.get("inputs"))
         """Whether anybody wants to know what the crops look like."""
-        self._pool = ThreadPoolExecutor(max(2, available_cpus()), "service")
+        self._threads = max(2, available_cpus())
+        self._pool = ThreadPoolExecutor(self._threads, "service")
 
     def check(self) -> None:
         """Become ready if the reference lesions are reproduced, else raise and be unready with the reason."""
@@ -132,20 +149,24 @@ class Service:
         """A request's place among those that have begun. Raises `RequestError` where there is none."""
         if self.reason is not None:
             raise RequestError(f"not ready: {self.reason}", status=503, retry=2)
-        if self.pending >= self.limits.requests:
-            raise self._busy(f"{self.pending} requests are waiting", "requests")
+        self.check_room()
         # Of those that are being received or decoded at least one lesion each will come first.
-        if (wait := self.batcher.wait(1) + self.batcher.seconds * self.decoding) > self.limits.wait:
+        wait = self.batcher.wait(1) + self.batcher.seconds * self.decoding
+        if (wait := wait + self._queued * self._per_pixel / self._threads) > self.limits.wait:
             raise self._busy(f"about {wait:.1f} s of work are waiting", "wait")
-        self.pending += 1
         self.decoding += 1
         place = Place(self)
         try:
             yield place
         finally:
-            self.pending -= 1
+            self.pending -= place.waits
             self.held -= place.bytes
             place.decoded()
+
+    def check_room(self) -> None:
+        """Raise `RequestError` if as many requests wait as may."""
+        if self.pending >= self.limits.requests:
+            raise self._busy(f"{self.pending} requests are waiting", "requests")
 
     def _busy(self, why: str, limit: str) -> RequestError:
         return RequestError(f"busy, {why}: try again later", status=503, limit=limit, retry=self.batcher.wait(1))
@@ -154,26 +175,29 @@ class Service:
         """uint8 [B, S, S, 3] to (`fold_logits` [B, K], `logit` [B]), in batches with whatever else waits."""
         return await asyncio.wrap_future(self.batcher.give(pixels))
 
-    def decode(self, images: Sequence[bytes]) -> Pixels:
+    async def decode(self, images: Sequence[bytes]) -> Pixels:
         """Encoded pictures to uint8 [B, S, S, 3]. Raises `RequestError` naming the first that can't be used."""
-        size = self.predictor.spec.size
-        pixels = np.empty((len(images), size, size, 3), dtype=np.uint8)
-        for place, data in enumerate(images):
-            try:
-                pixels[place] = to_pixels(data, self.predictor.spec, self.limits.image)
-            except ImageError as error:
-                where = f"image {place + 1} of {len(images)}"
+        pieces = []
+        for rows, area in await self.in_thread(self._pieces, images):
+            pixels, found = await self._decoded(images[rows], area)
+            for place, error in found.items():
+                at = rows.start + place
                 limit = f"image.{error.limit}" if error.limit else None
-                raise RequestError(f"{where}: {error}", status=422, limit=limit, image=place) from None
-        return pixels
+                where = f"image {at + 1} of {len(images)}"
+                raise RequestError(f"{where}: {error}", status=422, limit=limit, image=at)
+            pieces.append(pixels)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    async def usable(self, images: Sequence[bytes]) -> tuple[dict[int, ImageError], Pixels, Floats, Floats]:
+    async def usable(
+        self, images: Sequence[bytes], place: Place
+    ) -> tuple[dict[int, ImageError], Pixels, Floats, Floats]:
         """Of any number of pictures: why some can't be used, by place; pixels, `fold_logits`, `logit` of the others."""
         errors: dict[int, ImageError] = {}
         pieces, waiting = [], []
-        for start in range(0, len(images), PIECE):
-            pixels, found = await self.in_thread(self._try, images[start : start + PIECE])
-            errors |= {start + place: error for place, error in found.items()}
+        for rows, area in await self.in_thread(self._pieces, images):
+            pixels, found = await self._decoded(images[rows], area)
+            place.hold(pixels.nbytes)
+            errors |= {rows.start + at: error for at, error in found.items()}
             pieces.append(pixels)
             waiting.append(asyncio.wrap_future(self.batcher.give(pixels)))
         size, models = self.predictor.spec.size, self.predictor.bundle.models
@@ -181,16 +205,48 @@ class Service:
         fold_logits, logit = (np.concatenate(parts) for parts in zip(*given, strict=True))
         return errors, np.concatenate([np.zeros((0, size, size, 3), np.uint8), *pieces]), fold_logits, logit
 
-    def _try(self, images: Sequence[bytes]) -> tuple[Pixels, dict[int, ImageError]]:
+    def _pieces(self, images: Sequence[bytes]) -> list[tuple[slice, int]]:
+        """Parts that are decoded at a time, and the pixels of each by the pictures' headers."""
+        pieces, start, pixels = [], 0, 0
+        for at, data in enumerate(images):
+            area = _area(data, self.limits)
+            if at > start and (at - start == PIECE or pixels + area > PIECE_PIXELS):
+                pieces.append((slice(start, at), pixels))
+                start, pixels = at, 0
+            pixels += area
+        return [*pieces, (slice(start, len(images)), pixels)] if images else []
+
+    async def _decoded(self, images: Sequence[bytes], area: int) -> tuple[Pixels, dict[int, ImageError]]:
+        self._queued += area
+        try:
+            return await self.in_thread(self._try, images, area)  # type: ignore[no-any-return]
+        finally:
+            self._queued -= area
+
+    def _try(self, images: Sequence[bytes], area: int) -> tuple[Pixels, dict[int, ImageError]]:
         size, errors, used = self.predictor.spec.size, dict[int, ImageError](), 0
         pixels = np.empty((len(images), size, size, 3), dtype=np.uint8)
+        started = time.perf_counter()
         for place, data in enumerate(images):
             try:
                 pixels[used] = to_pixels(data, self.predictor.spec, self.limits.image)
                 used += 1
             except ImageError as error:
                 errors[place] = error
+        if area:
+            took = (time.perf_counter() - started) / area
+            self._per_pixel = MEMORY * self._per_pixel + (1 - MEMORY) * took if self._per_pixel else took
         return pixels[:used], errors
+
+
+def _area(data: bytes, limits: ServiceLimits) -> int:
+    """Pixels that a picture takes the time of; none if its header is enough to refuse it."""
+    try:
+        info = inspect(data)
+        check_limits(info, len(data), limits.image)
+    except ImageError:
+        return 0
+    return PICTURE + info.width * info.height
 
 
 async def read_body(request: Request, place: Place, limit: int, name: str) -> bytes:
@@ -209,4 +265,5 @@ async def read_body(request: Request, place: Place, limit: int, name: str) -> by
         if place.bytes > limit:
             raise too_large
         chunks.append(chunk)
+    place.received()
     return b"".join(chunks)

@@ -77,7 +77,7 @@ async def _triage(request: Request) -> Response:
         asked = await _asked(request, service, place)
         place.decoded()
         async with service.in_time():
-            answer = await _answer(service, asked)
+            answer = await _answer(service, asked, place)
     answer["request_id"] = request.state.request_id
     request.state.lesions = len(answer["lesions"])
     answer["summary"]["seconds"] = round(time.perf_counter() - started, 3)
@@ -100,12 +100,12 @@ async def _asked(request: Request, service: Service, place: Place) -> Asked:
     return await service.in_thread(of_form, body, content_type, service.limits)  # type: ignore[no-any-return]
 
 
-async def _answer(service: Service, asked: Asked) -> dict[str, Any]:
+async def _answer(service: Service, asked: Asked, place: Place) -> dict[str, Any]:
     predictor = service.predictor
     rows = [row for row, image in enumerate(asked.images) if image is not None]
     if rows and not predictor.bundle.pictures:
         raise RequestError("this bundle knows metadata alone: leave the images out", status=422)
-    failed, pixels, raw, logit = await service.usable([asked.images[row] or b"" for row in rows])
+    failed, pixels, raw, logit = await service.usable([asked.images[row] or b"" for row in rows], place)
     seen = [row for place, row in enumerate(rows) if place not in failed]
     errors = [_error(asked, rows[place], error) for place, error in failed.items()]
     lesions = await service.in_thread(_scored, service, asked, seen, pixels, raw, logit)

@@ -264,3 +264,26 @@ def test_bodies_that_are_slow_to_come_take_nobodys_place(idle):
             with pytest.raises(RequestError, match="3 requests are waiting"):
                 refused()
     assert idle.pending == idle.held == idle.decoding == 0
+
+
+def test_what_a_library_warns_of_is_a_line_that_quotes_nothing(start, bundle_dir):
+    buffer = io.BytesIO()
+    Image.new("CMYK", (40, 40)).save(buffer, "JPEG")
+    # A date that claims to be longer than the file: Pillow warns when it looks for the resolution.
+    tiff = (
+        b"II*\0"
+        + struct.pack("<IH", 8, 2)
+        + struct.pack("<HHII", 0x0132, 2, 90_000, 26)
+        + struct.pack("<HHII", 0x011A, 5, 1, 50)
+    )
+    exif = b"Exif\0\0" + tiff
+    data = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + buffer.getvalue()[2:]
+    with pytest.warns(UserWarning):
+        to_batch([data], PreprocessSpec(size=32))
+    with start(bundle_dir) as running:
+        tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(data).decode()]}
+        assert httpx.post(running.url + INFER, json={"inputs": [tensor]}).status_code == 200
+        missing = httpx.get(running.url + "/v3")
+        assert missing.json()["request_id"] == missing.headers["X-Request-ID"]
+        lines = [json.loads(line) for line in running.stop()[2].splitlines()]
+    assert any(line.get("error") == "UserWarning" for line in lines)

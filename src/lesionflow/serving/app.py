@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,10 +198,29 @@ def answer(listener: socket.socket, settings: Settings, ready: Callable[[str], N
     lines = JsonLines(logging.WARNING)
     logging.getLogger().addHandler(lines)
     try:
-        with _on_signal(stop):
+        with _on_signal(stop), _named_only():
             server.run(sockets=[listener])
     finally:
         logging.getLogger().removeHandler(lines)
+
+
+@contextmanager
+def _named_only() -> Iterator[None]:
+    """Warnings, and errors of threads, become lines of the log with their kind alone: their texts may quote a file."""
+    from lesionflow.serving.access import log
+
+    def warned(message: Warning | str, category: type[Warning], *where: object) -> None:
+        log("warning", message="a library warned", error=category.__name__)
+
+    def ended(error: threading.ExceptHookArgs) -> None:
+        log("error", message="a thread ended", error=error.exc_type.__name__)
+
+    before = warnings.showwarning, threading.excepthook
+    warnings.showwarning, threading.excepthook = warned, ended  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.showwarning, threading.excepthook = before
 
 
 @contextmanager

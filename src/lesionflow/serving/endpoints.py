@@ -227,6 +227,5 @@ async def _cluster_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(
-        {"error": f"{error.detail}: the service is under /v1 and /v2"}, error.status_code, error.headers
-    )
+    content = {"error": f"{error.detail}: the service is under /v1 and /v2", "request_id": request.state.request_id}
+    return JSONResponse(content, error.status_code, error.headers)

@@ -38,6 +38,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "data/sampler.py",
         "data/augment.py",
         "data/datamodule.py",
+        "data/pixelcache.py",
         "models/image.py",
         "training",
     ),
@@ -83,6 +84,9 @@ def plan_keys(recipe: Recipe, fingerprint: str, incumbent: str = "") -> dict[str
             part = {"skip_corrupt": recipe.image.skip_corrupt, "pictures": recipe.model.per_fold > 0}
         if step == "evaluate":
             part["parity"] = recipe.gate.parity  # Thresholds leave room for it.
+        if step == "train":
+            # Kept or decoded anew, the pixels are the same.
+            part["training"] = {name: value for name, value in values["training"].items() if name != "cache"}
         if step == "train" and (weights := Path(recipe.model.weights)).is_file():
             part["weights"] = keys.file_hash(weights)
         inputs = {"before": before, "incumbent": incumbent if step == "gate" else ""}

@@ -147,6 +147,10 @@ class Training:
     """Exact pAUC on the held-out fold every so many epochs, for the curves only; 0 only at the end."""
     checkpoint_every: int = bound(1, 1, 10_000)
     """Epochs between checkpoints."""
+    cache: str = bound("auto", choices=("auto", "on", "off"))
+    """Keep all pictures decoded, at `image.size`, in a file beside the store; the weights are the same either way.
+    `auto` does so if the schedule draws more pictures over all folds than there are, so that decoding each once is
+    less work, and if twice the space is free (401,059 lesions at 128 pixels take 20 GB)."""
     tta: str = bound("none", choices=("none", "flips"))
     """Views averaged when a lesion is scored: `flips` is the crop and its three mirror images, in the graph."""
 

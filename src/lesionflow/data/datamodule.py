@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -12,10 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lesionflow.data.images import Pixels, PreprocessSpec, to_pixels
+from lesionflow.data.images import Pixels, PreprocessSpec
+from lesionflow.data.pixelcache import PixelCache, pixels
 from lesionflow.data.sampler import Draw, Sampler, StepSampler
 from lesionflow.data.store import Store
-from lesionflow.errors import DataError, ImageError
+
+__all__ = ["Batch", "LesionData", "Lesions", "as_it_is", "batches", "gather", "pixels"]
 
 
 @dataclass
@@ -41,60 +44,80 @@ class Batch:
         return self.image, self.target, self.randoms, self.row
 
 
-class Lesions(Dataset[tuple[Pixels, Draw]]):
-    """Decodes drawn lesions; safe to pickle into workers, each of which maps the store anew."""
+class Lesions(Dataset[Batch]):
+    """Drawn lesions as whole batches, decoded or from the cache; safe to pickle into workers, which map files anew."""
 
-    def __init__(self, store: Store, spec: PreprocessSpec) -> None:
-        self.store, self.spec = store, spec
+    def __init__(self, store: Store, spec: PreprocessSpec, cache: PixelCache | None = None) -> None:
+        self.store, self.spec, self.cache = store, spec, cache
 
-    def __getitem__(self, draw: Draw) -> tuple[Pixels, Draw]:
-        return pixels(self.store, draw.row, self.spec), draw
+    def __getitem__(self, draw: Draw) -> Batch:
+        return self.__getitems__([draw])
 
-    def collate(self, drawn: list[tuple[Pixels, Draw]]) -> Batch:
-        rows = np.array([d.row for _, d in drawn])
+    def __getitems__(self, drawn: Sequence[Draw]) -> Batch:
+        """What a loader asks for: all of a batch at once, so that no lesion is copied twice."""
+        rows = np.array([d.row for d in drawn], np.int64)
         return Batch(
-            torch.from_numpy(np.stack([p for p, _ in drawn])),
+            torch.from_numpy(gather(self.store, rows, self.spec, self.cache)),
             torch.from_numpy(self.store.targets[rows].astype(np.float32)),
-            torch.from_numpy(np.stack([d.randoms for _, d in drawn])),
+            torch.from_numpy(np.stack([d.randoms for d in drawn])),
             torch.from_numpy(rows),
         )
 
 
-def pixels(store: Store, row: int, spec: PreprocessSpec) -> Pixels:
-    """One stored lesion as uint8 [S, S, 3]; raises `DataError` naming its id if it can't be decoded."""
-    try:
-        return to_pixels(store.jpeg(row), spec)
-    except ImageError as error:
-        raise DataError(
-            f"image {store.ids[row]}: {error}; or leave such images out (--set image.skip_corrupt=true)"
-        ) from None
+def as_it_is(batch: Any) -> Any:
+    """For a loader's `collate_fn`: `Lesions` gives whole batches."""
+    return batch
 
 
-def batches(store: Store, rows: Sequence[int] | NDArray[np.int64], spec: PreprocessSpec, size: int) -> Iterator[Tensor]:
+def gather(store: Store, rows: NDArray[np.int64], spec: PreprocessSpec, cache: PixelCache | None = None) -> Pixels:
+    """Rows, int64 [b], as one array uint8 [b, S, S, 3]; raises `DataError` naming a lesion that can't be decoded."""
+    batch = np.empty((len(rows), spec.size, spec.size, 3), np.uint8)
+    if cache is not None:
+        cache.take(rows, batch)
+        return batch
+    for at, row in enumerate(rows.tolist()):
+        batch[at] = pixels(store, row, spec)
+    return batch
+
+
+def batches(
+    store: Store,
+    rows: Sequence[int] | NDArray[np.int64],
+    spec: PreprocessSpec,
+    size: int,
+    cache: PixelCache | None = None,
+) -> Iterator[Tensor]:
     """Rows in order as uint8 [<=size, S, S, 3] batches."""
-    for start in range(0, len(rows), size):
-        chosen = [int(r) for r in rows[start : start + size]]
-        yield torch.from_numpy(np.stack([pixels(store, row, spec) for row in chosen]))
+    wanted = np.asarray(rows, np.int64)
+    for start in range(0, len(wanted), size):
+        yield torch.from_numpy(gather(store, wanted[start : start + size], spec, cache))
 
 
 class LesionData(L.LightningDataModule):
     """The training loader of one fold, from any step on, for this rank."""
 
     def __init__(
-        self, store: Store, spec: PreprocessSpec, sampler: Sampler, *, start: int = 0, workers: int = 0
+        self,
+        store: Store,
+        spec: PreprocessSpec,
+        sampler: Sampler,
+        *,
+        start: int = 0,
+        workers: int = 0,
+        cache: PixelCache | None = None,
     ) -> None:
         super().__init__()
-        self.lesions = Lesions(store, spec)
+        self.lesions = Lesions(store, spec, cache)
         self.sampler, self.start, self.workers = sampler, start, workers
 
-    def train_dataloader(self) -> DataLoader[tuple[Pixels, Draw]]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer
         assert trainer is not None
         steps = StepSampler(self.sampler, self.start, trainer.global_rank, trainer.world_size)
         return DataLoader(
             self.lesions,
             batch_sampler=steps,
-            collate_fn=self.lesions.collate,
+            collate_fn=as_it_is,
             num_workers=self.workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",
             # Workers start clean: a forked one would share the parent's threads and locks.

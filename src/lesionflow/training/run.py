@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 
 from lesionflow.data.datamodule import LesionData
 from lesionflow.data.folds import Folds
+from lesionflow.data.pixelcache import PixelCache, obtain
 from lesionflow.data.sampler import Sampler
 from lesionflow.data.store import Store
 from lesionflow.errors import LesionflowError, Preempted, UsageError
@@ -72,9 +73,34 @@ def train_folds(run: Path, wanted: Sequence[int], *, anew: bool = False, show: S
         raise UsageError(f"recipe: training.batch_size {recipe.training.batch_size} is less than {world} processes")
     _hush_lightning()
     with Stop.listening() as stop:
-        for fold in wanted:
+        left = [fold for fold in wanted if not _is_scored(run / f"fold-{fold}", fold_identity(key, fold))]
+        cache = _cache(recipe, store, folds, stop, show) if left else None
+        for fold in left:
             with _locked(run / f"fold-{fold}"):
-                _train_fold(_Fold(run, key, recipe, store, folds, fold, stop, show, anew))
+                _train_fold(_Fold(run, key, recipe, store, folds, fold, stop, show, anew, cache))
+
+
+def _cache(recipe: Recipe, store: Store, folds: Folds, stop: Stop, show: Show | None) -> PixelCache | None:
+    """The decoded pictures that all ranks, folds and models share: whichever process comes first makes them.
+
+    The ranks haven't joined yet, so they wait for its lock instead of at a barrier.
+    """
+    options = recipe.training
+    drawn = 0
+    for fold in range(folds.count):
+        rows = folds.train_rows(fold)
+        sampler = Sampler(
+            rows, store.targets[rows], recipe.sampling, epochs=options.epochs, batch_size=options.batch_size, seed=0
+        )
+        drawn += options.epochs * sampler.lesions_per_epoch * recipe.model.per_fold
+    return obtain(
+        store,
+        preprocess_spec(recipe),
+        options.cache,
+        reads=drawn,
+        progress=show is not None or sys.stderr.isatty(),
+        asked=lambda: stop.asked,
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +117,7 @@ class _Fold:
     stop: Stop
     show: Show | None
     anew: bool = False
+    cache: PixelCache | None = None
 
     @property
     def out(self) -> Path:
@@ -111,7 +138,7 @@ def _train_fold(fold: _Fold) -> None:
     """All models of one fold, then the mean of their logits on its held-out lesions and on the hold-out."""
     members = range(fold.recipe.model.per_fold)
     identity = fold_identity(fold.key, fold.number)
-    if all(_scored(fold.out / f"{name}.parquet") == identity for name in ("oof", "holdout")):
+    if _is_scored(fold.out, identity):
         return
     spec, tta = preprocess_spec(fold.recipe), fold.recipe.training.tta
     rows = np.concatenate([fold.held_out, fold.folds.holdout_rows()])
@@ -121,7 +148,7 @@ def _train_fold(fold: _Fold) -> None:
         if any_rank(fold.stop.asked):
             raise Preempted(f"fold {fold.number}: stopped after model {model} was saved; run again to go on")
         network = load_network(weights, fold.recipe).to(device())
-        logits += score(network, fold.store, rows, spec, tta)
+        logits += score(network, fold.store, rows, spec, tta, fold.cache)
     if rank() == 0:
         table = pl.DataFrame(
             {
@@ -163,7 +190,8 @@ def _train_model(fold: _Fold, model: int) -> Path:
         resume.restore(module, state)
 
     def validate(module: LesionModule) -> dict[str, float]:
-        logits, targets = score(module.final, store, fold.held_out, spec, options.tta), store.targets[fold.held_out]
+        logits = score(module.final, store, fold.held_out, spec, options.tta, fold.cache)
+        targets = store.targets[fold.held_out]
         module.train()
         return {"pauc": pauc(targets, logits), "auc": auc(targets, logits)}
 
@@ -179,7 +207,7 @@ def _train_model(fold: _Fold, model: int) -> Path:
         show=fold.show,
     )
     if module.step < sampler.steps:
-        data = LesionData(store, spec, sampler, start=module.step, workers=_workers())
+        data = LesionData(store, spec, sampler, start=module.step, workers=_workers(), cache=fold.cache)
         _trainer(recipe, conductor).fit(module, data)
     if conductor.preempted:
         where = f"step {module.step} of {sampler.steps}"
@@ -231,6 +259,10 @@ def _hush_lightning() -> None:
 def _workers() -> int:
     """Loader processes: decoding is 1 % of a step on a CPU, and what starves a GPU without them."""
     return min(8, max(1, (os.cpu_count() or 1) - 1)) if torch.cuda.is_available() else 0
+
+
+def _is_scored(out: Path, identity: str) -> bool:
+    return all(_scored(out / f"{name}.parquet") == identity for name in ("oof", "holdout"))
 
 
 def _scored(path: Path) -> str | None:

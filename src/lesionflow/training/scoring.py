@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from lesionflow.data.augment import normalise
 from lesionflow.data.datamodule import batches
 from lesionflow.data.images import PreprocessSpec
+from lesionflow.data.pixelcache import PixelCache
 from lesionflow.data.store import Store
 from lesionflow.errors import DataError
 from lesionflow.keys import model_identity, planned_keys
@@ -76,7 +77,12 @@ def fold_weights(run: Path, recipe: Recipe, count: int) -> list[list[Path]]:
 
 @torch.inference_mode()
 def score(
-    network: torch.nn.Module, store: Store, rows: NDArray[np.int64], spec: PreprocessSpec, tta: str
+    network: torch.nn.Module,
+    store: Store,
+    rows: NDArray[np.int64],
+    spec: PreprocessSpec,
+    tta: str,
+    cache: PixelCache | None = None,
 ) -> NDArray[np.float64]:
     """Logits of store rows, float64 [len(rows)], in order; the ranks share the work and all get the result.
 
@@ -88,7 +94,7 @@ def score(
     mine = rows[rank() :: world] if world > 1 else rows
     parts = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for images in batches(store, mine, spec, 64):
+        for images in batches(store, mine, spec, 64, cache):
             x = normalise(images.to(where), spec).contiguous(memory_format=torch.channels_last)
             views = [x, x.flip(3), x.flip(2), x.flip((2, 3))] if tta == "flips" else [x]
             parts.append(torch.stack([network(v)[:, 0].float() for v in views]).mean(0).cpu())

@@ -273,6 +273,7 @@ def main() -> None:
 
     from lesionflow.bundle import Bundle
     from lesionflow.serving import local
+    from lesionflow.serving.app import REFRESH
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
@@ -283,10 +284,13 @@ def main() -> None:
         name = Bundle.open(options.bundle).name
         url, pid = local.start(options.bundle, Path(scratch) / "log")
         try:
-            attack(url, name, 1000, 0)
+            attack(url, name, 5000, 0)
+            time.sleep(2 * REFRESH)
             before, started = memory(pid), time.monotonic()
             borne = attack(url, name, options.count, options.seed)
-            seconds, after = time.monotonic() - started, memory(pid)
+            seconds = time.monotonic() - started
+            time.sleep(2 * REFRESH)
+            after = memory(pid)
             alive = attack(url, name, 0, 0) and send(
                 (urlsplit(url).hostname or "", urlsplit(url).port or 0),
                 request("/v2/health/ready", method="GET"),

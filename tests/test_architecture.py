@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "lesionflow"
 LEVELS = (
     ("errors", "keys", "fields", "recipe", "options", "progress", "graphfile", "wheel", "__init__"),
     ("data",),
-    ("bundle",),
+    ("bundle", "signing"),
     ("models", "evaluation", "serving", "client"),
     ("training", "export", "reporting"),
     ("plan", "gather", "pack", "present", "steps"),
@@ -23,7 +23,7 @@ LEVELS = (
     ("cli", "__main__"),
 )
 TORCH_FREE = (
-    "bundle", "client", "graphfile", "data.schema", "data.images", "data.external",
+    "bundle", "client", "graphfile", "signing", "data.schema", "data.images", "data.external",
     "serving.predictor", "serving.app", "serving.submission", "serving.notebook",
     "serving.drift", "serving.driftreport", "serving.triage",
 )  # fmt: skip

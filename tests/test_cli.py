@@ -11,6 +11,7 @@ import typer
 from typer.main import get_command
 
 from lesionflow.cli import app
+from lesionflow.errors import UsageError
 
 
 def leaves(command, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], object]]:
@@ -81,3 +82,26 @@ def test_version() -> None:
 
     assert run("--version").stdout.strip() == f"lesionflow {__version__}"
     assert typer.__version__
+
+
+def test_what_a_service_is_named_and_told_must_fit_its_urls_and_headers(bundle_dir, tmp_path, monkeypatch):
+    from lesionflow.options import read_token
+    from lesionflow.serving.app import serve
+
+    with pytest.raises(UsageError, match=r"--model-name 'a/b'"):
+        serve(bundle_dir, port=0, name="a/b")
+    (tmp_path / "token").write_text("two words\n")
+    with pytest.raises(UsageError, match="without spaces"):
+        read_token(tmp_path / "token")
+    monkeypatch.setenv("LESIONFLOW_TOKEN", "schlüssel")
+    with pytest.raises(UsageError, match="LESIONFLOW_TOKEN: has characters"):
+        read_token(None)
+
+
+def test_help_names_every_limit():
+    from lesionflow.cli import serve
+    from lesionflow.serving.protocol import ServiceLimits
+    from lesionflow.serving.settings import named
+
+    text = " ".join((serve.__doc__ or "").split())
+    assert f"Limits: {', '.join(name for name, _ in named(ServiceLimits()))};" in text

@@ -48,7 +48,8 @@ NOTICE = "Not a medical device."
 SUFFIXES = (".json", ".onnx", ".md", ".txt", ".png", ".jpg", ".jpeg")
 """Kinds of file a bundle may hold; none of them can run anything."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What a model may be called: it goes into URLs."""
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -180,7 +181,7 @@ def check_info(info: Any, where: str) -> dict[str, Any]:
         )
     models = info.get("models")
     checks = {
-        "name": isinstance(info.get("name"), str) and _NAME.fullmatch(info["name"]),
+        "name": isinstance(info.get("name"), str) and NAME.fullmatch(info["name"]),
         "preprocess": _is_spec(info.get("preprocess")),
         "graph": isinstance(info.get("graph"), dict),
         "models": isinstance(models, int) and not isinstance(models, bool) and models >= 1,

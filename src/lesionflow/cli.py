@@ -10,7 +10,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -21,16 +21,21 @@ from lesionflow.options import (
     BundleArgument,
     DataOption,
     JsonOption,
+    PublicKeyOption,
     QuietOption,
     RecipeArgument,
     RunArgument,
     RunOption,
     SetOption,
+    SignatureOption,
     TokenFileOption,
     load_recipe,
     print_json,
     read_token,
 )
+
+if TYPE_CHECKING:
+    from lesionflow.bundle import Bundle
 
 app = typer.Typer(
     name="lesionflow",
@@ -207,15 +212,50 @@ def export(
 
 
 @app.command()
-def verify(bundle: BundleArgument) -> None:
-    """Check every file of a bundle against its manifest and reproduce the stored answers.
+def sign(
+    bundle: BundleArgument,
+    private_key: Annotated[Path, typer.Option(help="Elliptic-curve key in PEM, which stays with you.")],
+    signature: SignatureOption = None,
+) -> None:
+    """Sign a bundle, so that others can check who made it: with your private key, readable by model-signing too.
+
+    A key's password, if it has one, comes from the environment (LESIONFLOW_KEY_PASSWORD).
+
+    A pair of keys: openssl ecparam -name prime256v1 -genkey -noout -out maker.pem;
+    openssl ec -in maker.pem -pubout -out maker.pub
+
+    Example: lesionflow sign runs/first/bundle --private-key maker.pem
+    """
+    from lesionflow.signing import sign as write_signature
+
+    typer.echo(str(write_signature(bundle, private_key, signature)))
+
+
+@app.command()
+def verify(bundle: BundleArgument, public_key: PublicKeyOption = None, signature: SignatureOption = None) -> None:
+    """Check every file of a bundle against its manifest and reproduce the stored answers; its signature too, on request.
 
     Example: lesionflow verify runs/first/bundle
+
+    Example: lesionflow verify runs/first/bundle --public-key maker.pub
     """
+    from lesionflow.bundle import Bundle
     from lesionflow.serving.predictor import Predictor
 
-    result = Predictor(bundle).smoke()
-    typer.echo(f"{bundle}: intact; {result['count']} reference lesions reproduced within {result['max_abs']:.1e}")
+    opened = Bundle.open(bundle)
+    _signed(opened, public_key, signature)
+    result = Predictor(opened).smoke()
+    said = f"intact, signed by the owner of {public_key}" if public_key else "intact"
+    typer.echo(f"{bundle}: {said}; {result['count']} reference lesions reproduced within {result['max_abs']:.1e}")
+
+
+def _signed(bundle: Bundle, public_key: Path | None, signature: Path | None) -> None:
+    if public_key is not None:
+        from lesionflow.signing import check_signature
+
+        check_signature(bundle, public_key, signature)
+    elif signature is not None:
+        raise UsageError("--signature says nothing without --public-key: give the key that must have signed")
 
 
 @app.command()
@@ -446,6 +486,8 @@ def serve(
         list[str] | None, typer.Option(help="NAME=VALUE of a limit, such as visit=2000; may be repeated.")
     ] = None,
     token_file: TokenFileOption = None,
+    public_key: PublicKeyOption = None,
+    signature: SignatureOption = None,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that begun requests may take at the end.")] = 30.0,
     predictor_host: Annotated[str | None, typer.Option(help="HOST[:PORT] of a Triton that runs the graph.")] = None,
     predictor_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for it.")] = 30.0,
@@ -462,6 +504,9 @@ def serve(
     With --predictor-host it decodes and calibrates, and Triton runs the graph. The options that KServe
     adds to a transformer's command (--model_name, --predictor_host, --http_port, ...) are understood.
 
+    Limits: body, images, visit_body, visit, heatmaps, requests, memory, wait, time, headers, head_time, rate, idle,
+    connections, image.bytes, image.pixels, image.side, image.min_side, image.scans; docs/serving.md says of what.
+
     Example: lesionflow serve runs/first/bundle --port 8080
     """
     from lesionflow.serving.app import serve as run_server
@@ -469,12 +514,16 @@ def serve(
 
     if predictor_protocol != "v2":
         raise UsageError(f"--predictor_protocol {predictor_protocol}: v2 is the one that is spoken here")
+    if signature is not None and public_key is None:
+        raise UsageError("--signature says nothing without --public-key: give the key that must have signed")
+    if predictor_host and workers:
+        typer.echo("--workers is left out: with a predictor one process waits for many answers at a time", err=True)
     run_server(
         bundle, host=host, port=http_port or port, threads=threads, ready_file=ready_file, name=model_name,
         predictor_host=predictor_host, predictor_timeout=predictor_request_timeout_seconds or predictor_timeout,
         predictor_tls=predictor_use_ssl.lower() in ("true", "1", "yes"),
         limits=with_limits(limit or []), token=read_token(token_file), grace=grace,
-        workers=None if predictor_host else workers,  # One process waits for many answers at a time.
+        workers=None if predictor_host else workers, public_key=public_key, signature=signature,
     )  # fmt: skip
 
 

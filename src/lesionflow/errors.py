@@ -80,6 +80,7 @@ def from_exit_code(code: int, message: str) -> LesionflowError:
 
 _EXTRAS = {
     "cluster": ("kfp", "kubernetes"),
+    "sign": ("model_signing", "OpenSSL"),
     "serve": ("httptools", "lightgbm", "onnxruntime", "prometheus_client", "python_multipart", "starlette", "uvicorn"),
     "train": (
         "jinja2",

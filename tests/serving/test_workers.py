@@ -192,3 +192,9 @@ def test_settings_reach_a_worker_whole_and_show_no_token() -> None:
 def test_a_limit_that_is_none_is_named(setting: str) -> None:
     with pytest.raises(UsageError, match=setting.split("=")[0]):
         with_limits([setting])
+
+
+def test_the_keys_that_a_bundle_must_bear_reach_a_worker():
+    settings = Settings(Path("b"), public_key=Path("maker.pub"), signature=Path("kept/b.sig"))
+    assert Settings.from_json(settings.to_json()) == settings
+    assert Settings.from_json(Settings(Path("b")).to_json()).public_key is None

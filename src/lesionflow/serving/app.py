@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lesionflow.bundle import INFO, NOTICE, Bundle
+from lesionflow.bundle import INFO, NAME, NOTICE, Bundle
 from lesionflow.errors import UsageError, missing_extra
 from lesionflow.keys import write_json
 from lesionflow.serving.predictor import Predictor
@@ -91,6 +91,8 @@ def serve(
     predictor_host: str | None = None,
     predictor_tls: bool = False,
     predictor_timeout: float = TIMEOUT,
+    public_key: Path | None = None,
+    signature: Path | None = None,
 ) -> None:
     """Serve a bundle until SIGTERM or Ctrl-C, then finish the requests that have begun, and return.
 
@@ -101,7 +103,8 @@ def serve(
     With `workers` so many processes answer on the one port: SIGHUP replaces them one after another, each once its
     successor is ready, and one that crashed is replaced. See `workers.supervise`.
 
-    `name` is a second name for the model. With a `predictor_host` (HOST, HOST:PORT or URL) this process
+    `name` is a second name for the model. With a `public_key` the bundle must bear its owner's `signature`: see
+    `signing.check_signature`. With a `predictor_host` (HOST, HOST:PORT or URL) this process
     decodes and calibrates, and the graph runs there: see `remote.Remote`. The service then starts at once,
     is unready until the predictor reproduces the reference lesions, and looks again every half minute.
 
@@ -113,8 +116,10 @@ def serve(
     """
     settings = Settings(
         Path(bundle), limits or ServiceLimits(), threads, name, token, grace, linger,
-        predictor_host, predictor_tls, predictor_timeout,
+        predictor_host, predictor_tls, predictor_timeout, public_key, signature,
     )  # fmt: skip
+    if name is not None and not NAME.fullmatch(name):
+        raise UsageError(f"--model-name {name!r}: URLs hold it, so give up to 64 letters, digits and ._-")
     with _listen(host, port) as listener:
         url = _url(listener)
 
@@ -143,6 +148,10 @@ def answer(listener: socket.socket, settings: Settings, ready: Callable[[str], N
     except ImportError as error:
         raise missing_extra(error.name or "uvicorn", "serve") from None
     opened = Bundle.open(_real(settings.bundle))
+    if settings.public_key is not None:
+        from lesionflow.signing import beside, check_signature
+
+        check_signature(opened, settings.public_key, settings.signature or beside(settings.bundle))
     if not opened.pictures:
         raise UsageError(
             f"{settings.bundle}: knows metadata alone, and the service takes pictures; use `lesionflow predict`"

@@ -32,17 +32,22 @@ class Settings:
     predictor_host: str | None = None
     predictor_tls: bool = False
     predictor_timeout: float = TIMEOUT
+    public_key: Path | None = None
+    """Whose signature the bundle must bear; None: anybody's, or nobody's."""
+    signature: Path | None = None
+    """Where that is; None: beside the bundle."""
 
     def to_json(self) -> str:
         """With the token: for a pipe, never for a command line, a log or a file."""
-        return json.dumps(dataclasses.asdict(self) | {"bundle": str(self.bundle)})
+        return json.dumps(dataclasses.asdict(self), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
         found = json.loads(text)
         limits = found.pop("limits")
         limits["image"] = Limits(**limits["image"])
-        return cls(**found | {"bundle": Path(found["bundle"]), "limits": ServiceLimits(**limits)})
+        paths = {name: found[name] and Path(found[name]) for name in ("bundle", "public_key", "signature")}
+        return cls(**found | paths | {"limits": ServiceLimits(**limits)})
 
     def __repr__(self) -> str:
         return f"Settings({self.bundle})"  # The token must not come out through a traceback.

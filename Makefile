@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+AUDIT := .venv-audit
 DEMO := demo
 
-.PHONY: help install demo test browser test-slow hostile lint bench docs clean lock
+.PHONY: help install demo test browser test-slow hostile lint bench docs clean lock sbom audit
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,3 +60,15 @@ clean:  ## remove what the tasks made (not .venv)
 
 lock:  ## pin what .venv holds (CUDA's packages follow torch's own pins)
 	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(nvidia-|cuda-|triton=|pip=|setuptools)' > requirements.txt
+
+$(AUDIT)/.installed:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet "cyclonedx-bom>=7" "pip-audit>=2.9"
+	touch $@
+
+sbom: install $(AUDIT)/.installed  ## build/sbom.json: every package that .venv holds, with licences (CycloneDX)
+	mkdir -p build
+	$(AUDIT)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o build/sbom.json
+
+audit: $(AUDIT)/.installed  ## known weaknesses of what is pinned; fails too where a package can't be looked up
+	$(AUDIT)/bin/pip-audit --requirement requirements.txt --no-deps --disable-pip --strict --progress-spinner off

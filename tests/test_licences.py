@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -38,9 +41,19 @@ def licence(name: str) -> str:
     return " ".join([text, *classifiers, (about.get("License") or "")[:80]]).upper()
 
 
-def test_no_dependency_has_a_strong_copyleft_licence() -> None:
-    names = dependencies()
-    assert len(names) > 60, "the walk over the dependencies found them"
+def pins() -> dict[str, Requirement]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return {r.name.lower().replace("_", "-"): r for r in map(Requirement, lines)}
+
+
+def test_what_is_installed_is_what_is_pinned() -> None:
+    installed = {name: metadata.version(name) for name in pins()}
+    assert not {name: v for name, v in installed.items() if not pins()[name].specifier.contains(v)}
+
+
+def test_nothing_that_is_installed_has_a_strong_copyleft_licence() -> None:
+    names = dependencies() | set(pins())
+    assert len(dependencies()) > 60, "the walk over the dependencies found them"
     bad = {}
     for name in names:
         text = licence(name).replace("LESSER GENERAL PUBLIC", "LGPL").replace("LGPL", "")
@@ -64,10 +77,18 @@ def test_the_poisoned_lightning_releases_are_excluded() -> None:
 def test_pins_satisfy_the_project_and_name_no_registry() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert not [line for line in lines if "://" in line or line.startswith("-")]
-    pins = {r.name.lower().replace("_", "-"): r for r in map(Requirement, lines)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(r for rs in project["optional-dependencies"].values() for r in rs)]
     for requirement in map(Requirement, wanted):
-        pin = pins[requirement.name.lower()]
+        pin = pins()[requirement.name.lower()]
         (version,) = [s.version for s in pin.specifier]
         assert requirement.specifier.contains(version), f"{pin} doesn't satisfy {requirement}"
+
+
+@pytest.mark.slow
+def test_the_bill_of_materials_lists_every_pin_and_no_path_of_this_machine() -> None:
+    subprocess.run(["make", "sbom"], cwd=ROOT, check=True, capture_output=True, timeout=600)
+    text = (ROOT / "build" / "sbom.json").read_text()
+    found = {c["name"].lower().replace("_", "-"): c["version"] for c in json.loads(text)["components"]}
+    assert not {name: str(r) for name, r in pins().items() if not r.specifier.contains(found.get(name, "0"))}
+    assert str(ROOT) not in text and "file://" not in text

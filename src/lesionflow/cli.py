@@ -233,7 +233,7 @@ def sign(
 
 @app.command()
 def verify(bundle: BundleArgument, public_key: PublicKeyOption = None, signature: SignatureOption = None) -> None:
-    """Check every file of a bundle against its manifest and reproduce the stored answers; its signature too, on request.
+    """Check a bundle's files against its manifest and reproduce the stored answers; with a key, its signature too.
 
     Example: lesionflow verify runs/first/bundle
 
@@ -609,7 +609,10 @@ def ask(
             return
         rows = client.rows_of(metadata, patient) if patient is not None else None
         only = {row.get("isic_id", "") for row in rows} if rows is not None else None
-        visit = service.triage(client.pictures(images or [], only), rows or metadata, reasons=max(top, 100))
+        found = list(client.pictures(images or [], only))
+        if images and not found:
+            typer.echo(f"no picture has the name of a lesion of {patient}: asking about the metadata alone", err=True)
+        visit = service.triage(found, rows or metadata, reasons=max(top, 100))
         print_json(visit) if as_json else print_visit(visit, top)
 
 

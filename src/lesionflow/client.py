@@ -266,7 +266,7 @@ class Client:
 def pictures(paths: Iterable[Path], only: Collection[str] | None = None) -> Iterator[Picture]:
     """(name, bytes) of image files, folders of them (by file name) and HDF5 files (by id, which takes the package).
 
-    With `only`, those whose name without suffix is among these ids. Raises `DataError` naming what can't be read.
+    With `only`, those whose name or name without suffix is among these. Raises `DataError` naming what can't be read.
     """
     for path in map(Path, paths):
         if path.suffix.lower() in (".hdf5", ".h5"):
@@ -275,8 +275,8 @@ def pictures(paths: Iterable[Path], only: Collection[str] | None = None) -> Iter
             found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
             if not found:
                 raise DataError(f"{path}: no images ({', '.join(SUFFIXES)}) in this folder: check the path")
-            yield from ((p.name, _read_file(p)) for p in found if only is None or p.stem in only)
-        elif only is None or path.stem in only:
+            yield from ((p.name, _read_file(p)) for p in found if only is None or not {p.name, p.stem}.isdisjoint(only))
+        elif only is None or not {path.name, path.stem}.isdisjoint(only):
             yield path.name, _read_file(path)
 
 

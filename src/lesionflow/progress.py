@@ -206,6 +206,7 @@ def print_visit(visit: dict[str, Any], top: int) -> None:
         console.print(f"and {len(judged) - top} less suspicious ones (--top N, --json for all)")
     for error in visit["errors"]:
         console.print(Text(f"not used: {error.get('file') or error.get('id')}: {error['error']}"))
-    if note := visit["context"].get("note"):
-        console.print(Text(note))
+    for note in (visit["context"].get("note"), *visit["context"].get("notes", ())):
+        if note:
+            console.print(Text(note))
     console.print(visit["notice"])

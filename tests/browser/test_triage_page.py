@@ -30,7 +30,7 @@ KEPT = """async () => [localStorage.length, sessionStorage.length, document.cook
   (await indexedDB.databases()).length, (await caches.keys()).length]"""
 MODEL = {
     "model": "made up", "bundle": "0123456789ab", "notice": "Not a medical device.", "served": "image_visit",
-    "bands": {"refer": {"logit": -4.0, "sensitivity": 0.93}}, "maps": True, "synthetic": False,
+    "bands": {"image_visit": {"refer": {"logit": -4.0, "sensitivity": 0.93}}}, "maps": True, "synthetic": False,
     "limits": {"visit": 5000, "visit_body": 10_000_000},
 }  # fmt: skip
 HOSTILE = '<img src=x onerror="console.error(1)">'
@@ -352,7 +352,7 @@ def test_photos_and_a_csv_can_be_dropped_anywhere(stub, photos):
 
 def test_names_are_never_markup_nor_formulas(stub, photos):
     hostile = lesion(1, 2, id=HOSTILE, file=f"{HOSTILE}.jpg", site=HOSTILE, reasons=[HOSTILE], doubts=[HOSTILE])
-    formula = lesion(2, 2, id="=HYPERLINK(1)", file="=HYPERLINK(1).jpg")
+    formula = lesion(2, 2, id="=HYPERLINK(1)", file="=HYPERLINK(1).jpg", reasons=["dark;=1+1", "@SUM(1)"])
     errors = [{"id": HOSTILE, "file": HOSTILE, "error": HOSTILE, "limit": None}]
     page = stub(answer([hostile, formula], errors, note=HOSTILE))
     upload(page, photos(1), ["x.jpg"])
@@ -360,7 +360,10 @@ def test_names_are_never_markup_nor_formulas(stub, photos):
     assert page.told == []
     assert page.locator("img[src=x]").count() == 0
     assert page.inner_text("#panel h2") == HOSTILE
-    assert exported(page)[1]["isic_id"] == "'=HYPERLINK(1)"
+    rows = exported(page)
+    assert rows[1]["isic_id"] == "'=HYPERLINK(1)"
+    # Where a semicolon parts the cells, what follows it begins one.
+    assert rows[1]["reasons"] == "dark;'=1+1; '@SUM(1)"
 
 
 def test_two_thousand_lesions_stay_quick(stub, photos):

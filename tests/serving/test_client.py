@@ -407,3 +407,10 @@ def test_the_client_needs_the_standard_library_only():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['lesionflow']"
+
+
+def test_pictures_are_found_by_name_with_and_without_suffix(tmp_path, encode):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(encode(1))
+    assert [name for name, _ in client.pictures([tmp_path], {"a", "b.jpg"})] == ["a.jpg", "b.jpg"]
+    assert [name for name, _ in client.pictures([tmp_path / "a.jpg", tmp_path / "c.jpg"], {"c.jpg"})] == ["c.jpg"]

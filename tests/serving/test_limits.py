@@ -239,3 +239,16 @@ def test_a_hundred_megapixels_are_refused_at_once(client, encode):
     seconds = time.perf_counter() - started
     assert (response.status_code, response.json()["limit"]) == (422, "image.side")
     assert seconds < 0.02
+
+
+def test_reading_a_visit_counts_in_its_time(bundle_dir, monkeypatch, encode):
+    from lesionflow.serving import triage
+
+    monkeypatch.setattr(triage, "of_form", lambda *of: time.sleep(2))
+    with TestClient(create_app(bundle_dir, limits=ServiceLimits(time=0.2))) as client:
+        deadline = time.monotonic() + 30
+        while client.get("/v2/health/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        response = client.post("/v1/triage", files={"images": ("a.jpg", encode(1))})
+    assert (response.status_code, response.json()["limit"]) == (503, "time")

@@ -30,7 +30,7 @@ from lesionflow.data.schema import TEST_COLUMNS
 from lesionflow.errors import ImageError
 from lesionflow.serving.graph import Floats
 from lesionflow.serving.predictor import Answer
-from lesionflow.serving.protocol import RequestError
+from lesionflow.serving.protocol import RequestError, ServiceLimits
 from lesionflow.serving.service import Place, Service, read_body
 from lesionflow.serving.visitrequest import WITHHELD, Asked, of_form, of_json
 
@@ -48,7 +48,8 @@ async def _model(request: Request) -> Response:
     service: Service = request.app.state.service
     bundle, limits = service.predictor.bundle, service.limits
     visit = bundle.info.get("visit") or {}
-    served = visit.get("modes", {}).get(visit.get("served"), bundle.info)
+    modes = visit.get("modes", {"image": bundle.info})
+    served = modes[visit.get("served", "image")]
     metrics = bundle.info.get("metrics") or {}
     worth = {
         mode: {part: of.get(part) for part in ("out_of_fold", "holdout")} for mode, of in visit.get("modes", {}).items()
@@ -56,9 +57,9 @@ async def _model(request: Request) -> Response:
     return JSONResponse(
         {
             "model": service.name, "bundle": bundle.version, "notice": NOTICE, "created": bundle.info.get("created"),
-            "served": visit.get("served", "image"), "modes": list(visit.get("modes", {"image": None})),
+            "served": visit.get("served", "image"), "modes": list(modes),
             "worth": worth or {"image": {"out_of_fold": {"pauc": metrics.get("pauc", {}).get("rank_pooled")}}},
-            "bands": served["thresholds"], "prevalence": served["calibration"].get("prevalence"),
+            "bands": {name: mode["thresholds"] for name, mode in modes.items()}, "prevalence": served["calibration"].get("prevalence"),
             "synthetic": bundle.info.get("synthetic"), "licence": bundle.info.get("data_licence"),
             "size": bundle.spec.size, "maps": service.predictor.graph.has_cam, "pictures": bundle.pictures,
             "metadata_columns": [name for name in TEST_COLUMNS if name not in WITHHELD] if service.visits else [],
@@ -74,9 +75,10 @@ async def _triage(request: Request) -> Response:
     service: Service = request.app.state.service
     started = time.perf_counter()
     with service.admitted() as place:
-        asked = await _asked(request, service, place)
-        place.decoded()
+        kind, body = await _received(request, service, place)
         async with service.in_time():
+            asked = await service.in_thread(_asked, kind, body, service.limits)
+            place.decoded()
             answer = await _answer(service, asked, place)
     answer["request_id"] = request.state.request_id
     request.state.lesions = len(answer["lesions"])
@@ -89,15 +91,20 @@ def _body(answer: dict[str, Any]) -> bytes:
     return json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
 
 
-async def _asked(request: Request, service: Service, place: Place) -> Asked:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("multipart/form-data", "application/json"):
+async def _received(request: Request, service: Service, place: Place) -> tuple[str, bytes]:
+    """The Content-Type, one that is read here, and the body."""
+    kind = request.headers.get("content-type", "")
+    if _plain(kind) not in ("multipart/form-data", "application/json"):
         raise RequestError("Content-Type must be multipart/form-data or application/json", status=415)
-    body = await read_body(request, place, service.limits.visit_body, "visit_body")
-    if kind == "application/json":
-        return await service.in_thread(of_json, body, service.limits)  # type: ignore[no-any-return]
-    content_type = request.headers["content-type"]
-    return await service.in_thread(of_form, body, content_type, service.limits)  # type: ignore[no-any-return]
+    return kind, await read_body(request, place, service.limits.visit_body, "visit_body")
+
+
+def _plain(kind: str) -> str:
+    return kind.partition(";")[0].strip().lower()
+
+
+def _asked(kind: str, body: bytes, limits: ServiceLimits) -> Asked:
+    return of_json(body, limits) if _plain(kind) == "application/json" else of_form(body, kind, limits)
 
 
 async def _answer(service: Service, asked: Asked, place: Place) -> dict[str, Any]:

@@ -314,7 +314,8 @@ function present(got) {
   const mode = Object.entries(summary.modes).map(([name, n]) => (Object.keys(summary.modes).length > 1 ? `${n} by ${MODES[name] || name}` : `by ${MODES[name] || name}`));
   const lines = [`${count(summary.lesions, "lesion")}, scored ${mode.join(", ")}${unscored ? `, ${unscored} not at all` : ""}.`];
   if (summary.prevalence) lines.push(`Probabilities are for a clinic where about 1 lesion in ${Math.round(1 / summary.prevalence).toLocaleString("en")} is malignant.`);
-  if (got.context && got.context.note) lines.push(`${got.context.note[0].toUpperCase()}${got.context.note.slice(1)}.`);
+  const context = got.context || {};
+  for (const note of [context.note, ...(context.notes || [])]) if (note) lines.push(`${note[0].toUpperCase()}${note.slice(1)}.`);
   $("summary-text").textContent = lines.join(" ");
   const errors = $("errors");
   const refused = [...leftOut.map(([file, error]) => ({ file, error })), ...got.errors];
@@ -476,7 +477,7 @@ function select(lesion, { open = false, quiet = false, focus = false } = {}) {
     for (const part of behind()) part.inert = true;
   }
   if (document.body.classList.contains("open")) { $("panel").scrollTop = 0; $("panel").focus({ preventScroll: true }); }
-  if (!quiet && !open) announce(`${lesion.rank}: ${lesion.id}, ${(BANDS[bandOf(lesion)] || BANDS.none).label}, ${percent(lesion.probability)}`);
+  if (!quiet && !(open && NARROW.matches)) announce(`${lesion.rank}: ${lesion.id}, ${(BANDS[bandOf(lesion)] || BANDS.none).label}, ${percent(lesion.probability)}`);
   if (heat) drawHeat();
 }
 const behind = () => [document.querySelector("header"), document.querySelector(".summary"), document.querySelector(".tools"), document.querySelector(".ranked")];
@@ -519,7 +520,7 @@ function drawPanel(lesion) {
   ];
   if (lesion.doubts.length) parts.push(make("h3", {}, "Why it can't be judged"), make("ul", {}, lesion.doubts.map((one) => make("li", {}, one))));
   if (lesion.reasons.length) parts.push(make("h3", {}, "Reasons"), make("ul", {}, lesion.reasons.map((one) => make("li", {}, one))));
-  else if (lesion.probability !== null) parts.push(make("p", { class: "soft fine" }, "No single reason stands out in its record."));
+  else if (lesion.probability !== null) parts.push(make("p", { class: "soft fine" }, lesion.mode === "image" ? "Scored by its photo alone, so there are no reasons in words." : "No single reason stands out in its record."));
   if (scored.length > 1 && lesion.probability !== null) {
     parts.push(make("h3", {}, "Among this patient's lesions"),
       make("p", { class: "fine" }, below === 0 ? "The least suspicious one." : `More suspicious than ${below === scored.length - 1 ? "all" : below.toLocaleString("en")} of the ${(scored.length - 1).toLocaleString("en")} others.`),
@@ -540,14 +541,14 @@ function drawPanel(lesion) {
 }
 
 function meaning(lesion) {
-  const lines = (model && model.served === lesion.mode && model.bands) || {}; // Other modes have lines of their own.
+  const lines = (model && model.bands[lesion.mode]) || {}; // Each mode has lines of its own.
   const kept = (line) => (line && line.sensitivity ? ` that kept ${percent(line.sensitivity)} of the malignant lesions of other patients` : "");
   return {
     refer: `Above the line${kept(lines.refer)}.`,
     routine: "Between the line for referral and the line for low suspicion.",
     low: `Below the line${kept(lines.low)}.`,
     "cannot judge": "Look at this lesion yourself: the probability can't be relied on.",
-    none: "The model has no bands that could be vouched for.",
+    none: "No bands could be vouched for where a score rests on this.",
   }[bandOf(lesion)];
 }
 
@@ -581,7 +582,7 @@ async function drawHeat() {
     $("legend").textContent = "Drawing …";
     const file = fileOf(lesion), form = new FormData();
     form.append("images", file, file.name);
-    form.append("options", JSON.stringify({ heatmaps: true, reasons: 0 }));
+    form.append("options", JSON.stringify({ heatmaps: true, reasons: false, count: false }));
     const asked = ask("POST", "/v1/triage", form).then((got) => got.lesions[0].heatmap);
     heatmaps.set(lesion.id, asked);
     asked.catch(() => heatmaps.delete(lesion.id)); // What failed may be asked for again.
@@ -731,8 +732,9 @@ addEventListener("beforeprint", () => { document.body.dataset.printed = new Date
 function cell(value) {
   let text = value === null || value === undefined ? "" : String(value);
   // A spreadsheet would run a file's name that begins like a formula.
-  if (typeof value === "string" && /^[=+\-@\t\r]/.test(text)) text = `'${text}`;
-  return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  // Where another character parts the cells, what follows that one begins a cell too.
+  if (typeof value === "string") text = text.replace(/(^|[;\t\r\n]\s*)(?=[=+\-@\t\r])/g, "$1'");
+  return /[",;\t\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 function csvText() {
   const head = ["rank", "isic_id", "file", "band", "probability", "low", "high", "mode", "logit", "site", "size_mm", "reasons", "doubts", "error", "model", "bundle", "request_id"];

@@ -181,7 +181,7 @@ def test_a_killed_pod_restarts_and_resumes(tmp_path: Path, crds: Path, synthetic
         def kill() -> None:
             # After the first checkpoint of the first fold, so that there is something to go on from.
             deadline = time.monotonic() + 200
-            while time.monotonic() < deadline and not (cluster.run / "fold-0/model-0/last.ckpt").exists():
+            while time.monotonic() < deadline and not list((cluster.run / "fold-0/model-0").glob("step-*.ckpt")):
                 time.sleep(0.05)
             worker = next(p for p in cluster.double.store.list("Pod") if "-worker-" in p["metadata"]["name"])
             killed.append(worker["metadata"]["name"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -113,7 +114,7 @@ def test_a_stopped_training_is_143_and_can_go_on(synthetic: Path, tmp_path: Path
     code, errors = ends(process, 60)
     assert code == 143, errors
     assert "saved" in errors
-    assert (tmp_path / "r" / "fold-0" / "model-0" / "last.ckpt").exists()
+    assert list((tmp_path / "r" / "fold-0" / "model-0").glob("step-*.ckpt"))
 
 
 def test_children_die_with_a_killed_parent(synthetic: Path, tmp_path: Path) -> None:
@@ -214,14 +215,16 @@ def test_what_another_recipe_left_half_trained_is_refused_or_started_anew(run: P
 
     from lesionflow.training import resume
 
-    path = run / "fold-0" / "model-0" / "last.ckpt"
-    path.parent.mkdir(parents=True)
-    torch.save({"identity": "another"}, path)
+    folder = run / "fold-0" / "model-0"
+    folder.mkdir(parents=True)
+    network = torch.nn.Linear(2, 1)
+    left = SimpleNamespace(step=7, network=network, average=SimpleNamespace(module=network))
+    path = resume.save(folder, left, torch.optim.SGD(network.parameters()), "another")
     with pytest.raises(DataError, match="another data set, split, recipe"):
-        resume.load(path, "ours")
-    assert resume.load(path, "ours", anew=True) is None
+        resume.load(folder, "ours")
+    assert resume.load(folder, "ours", anew=True) is None
     steps.train(run, keys.planned_keys(run)["train"], folds=[0], anew=True)
-    weights = path.with_name("weights.safetensors")
+    weights = folder / "weights.safetensors"
     assert weights.exists() and not path.exists()
     assert weights.stat().st_mode & 0o777 == 0o644, "pods of other users read it"
 

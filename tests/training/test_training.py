@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from lesionflow import keys
 from lesionflow.data.folds import Folds
 from lesionflow.data.sampler import Sampler
 from lesionflow.data.store import Store
-from lesionflow.errors import DataError
+from lesionflow.errors import UsageError
 from lesionflow.keys import file_hash
 from lesionflow.recipe import Recipe
 from lesionflow.training import launch, resume
@@ -89,7 +91,7 @@ def test_a_killed_training_resumes_to_the_same_weights(run: Path, uninterrupted:
     wait_for_step(run, 30, first)
     first.kill()
     assert first.wait() == -signal.SIGKILL
-    assert (run / "fold-0" / "model-0" / "last.ckpt").exists()
+    assert resume.checkpoints(run / "fold-0" / "model-0")
     assert work(run).wait(120) == 0
     assert file_hash(run / "fold-0" / "model-0" / "weights.safetensors") == uninterrupted
     sampler = sampler_of(run)
@@ -141,27 +143,88 @@ def test_one_rank_told_to_stop_stops_both_after_a_save(run: Path, tmp_path: Path
     from lesionflow.training.status import collect
 
     assert collect(status, first.returncode).code == 143
-    assert resume.load(run / "fold-0" / "model-0" / "last.ckpt", identity_of(run)) is not None
+    assert resume.load(run / "fold-0" / "model-0", identity_of(run)) is not None
 
 
 def identity_of(run: Path) -> str:
     return keys.model_identity(keys.planned_keys(run)["train"], fold=0, model=0)
 
 
-def test_a_checkpoint_of_another_training_is_refused_and_a_damaged_one_passed_over(
-    run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    first = work(run, "slowly")
-    wait_for_step(run, 12, first)
+def test_a_stop_during_validation_is_saved_and_loses_no_step(run: Path, uninterrupted: str) -> None:
+    recipe = Recipe.load(run / "recipe.toml", ["training.validate_every=5", "training.checkpoint_every=12"])
+    (run / "recipe.toml").write_text(recipe.to_toml())
+    first = work(run, "slow-scoring")
+    deadline = time.monotonic() + 120
+    while not (run / "scoring").exists():
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     first.terminate()
-    assert first.wait(20) == 143
-    path = run / "fold-0" / "model-0" / "last.ckpt"
-    assert resume.load(path, identity_of(run)) is not None
-    with pytest.raises(DataError, match="another data set, split, recipe"):
-        resume.load(path, "other")
-    path.write_bytes(path.read_bytes()[:-1000])
-    assert resume.load(path, identity_of(run)) is None
-    assert "last.ckpt" in caplog.text
+    assert first.wait(10) == 143
+    per_epoch = sampler_of(run).steps_per_epoch
+    state = resume.load(run / "fold-0" / "model-0", identity_of(run))
+    assert state is not None and state["step"] == steps_done(run) == 5 * per_epoch
+    assert work(run).wait(120) == 0
+    assert file_hash(run / "fold-0" / "model-0" / "weights.safetensors") == uninterrupted
+
+
+def test_a_stop_while_the_end_is_scored_keeps_the_weights(run: Path, uninterrupted: str) -> None:
+    first = work(run, "slow-scoring")
+    while not (run / "scoring").exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.terminate()
+    assert first.wait(10) == 143
+    assert file_hash(run / "fold-0" / "model-0" / "weights.safetensors") == uninterrupted
+    assert not (run / "fold-0" / "oof.parquet").exists()
+    done = steps_done(run)
+    assert work(run).wait(120) == 0
+    assert (run / "fold-0" / "oof.parquet").exists() and steps_done(run) == done, "nothing was trained again"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_no_number_ends_training_and_names_the_lesions(run: Path, processes: int) -> None:
+    command = [sys.executable, str(WORKER)]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+                   str(WORKER)]  # fmt: skip
+    with pytest.raises(UsageError, match=r"not finite at step 18, see the batch's lesions in .*not-finite\.json"):
+        launch.run_children([[*command, str(run), "--folds", "0", "nan=17"]], run, [0], at_once=1, threads=1)
+    told = json.loads((run / "fold-0" / "model-0" / "not-finite.json").read_text())
+    ids = Store.open(run / "store").ids
+    assert told == {"fold": 0, "model": 0, "step": 18, "isic_ids": [ids[d.row] for d in sampler_of(run).batch(17)]}
+    assert not (run / "fold-0" / "model-0" / "weights.safetensors").exists()
+
+
+def test_a_full_disk_costs_checkpoints_but_no_training(run: Path, uninterrupted: str) -> None:
+    first = subprocess.Popen([sys.executable, str(WORKER), str(run), "--folds", "0", "slowly"], env=ENVIRONMENT,
+                             stderr=subprocess.PIPE, text=True)  # fmt: skip
+    per_epoch, model = sampler_of(run).steps_per_epoch, run / "fold-0" / "model-0"
+    wait_for_step(run, per_epoch + 3, first)
+    (before,) = resume.checkpoints(model)[:1]
+    # The kernel refuses to write files larger than this, from one byte to the next, as a full disk does.
+    _, hard = resource.prlimit(first.pid, resource.RLIMIT_FSIZE, (before.stat().st_size // 2, resource.RLIM_INFINITY))
+    wait_for_step(run, 4 * per_epoch + 3, first)
+    assert resume.checkpoints(model)[0] == before, "nothing newer, and what was there stays"
+    resource.prlimit(first.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    assert first.wait(120) == 0
+    assert "can't be saved" in first.stderr.read() and not list(model.glob(".step-*"))
+    assert file_hash(model / "weights.safetensors") == uninterrupted
+
+
+def test_a_killed_loader_process_is_a_preemption(run: Path, uninterrupted: str) -> None:
+    first = subprocess.Popen([sys.executable, str(WORKER), str(run), "--folds", "0", "slowly"], text=True,
+                             env=ENVIRONMENT | {"LESIONFLOW_LOADERS": "2"}, stderr=subprocess.PIPE)  # fmt: skip
+    wait_for_step(run, sampler_of(run).steps_per_epoch + 2, first)
+    below = subprocess.run(["pgrep", "-P", str(first.pid), "-f", "spawn_main"], capture_output=True, text=True)
+    loaders = below.stdout.split()
+    assert len(loaders) == 2, "both loader processes run"
+    os.kill(int(loaders[0]), signal.SIGKILL)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 143, errors
+    assert "a loader process was killed" in errors
+    assert work(run).wait(120) == 0
+    assert file_hash(run / "fold-0" / "model-0" / "weights.safetensors") == uninterrupted
 
 
 def test_the_held_out_fold_is_never_trained_on(run: Path) -> None:

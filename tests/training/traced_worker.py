@@ -1,6 +1,9 @@
 """The real training worker, which also writes down the rows each rank shows: `trace-<rank>.csv` in the run.
 
-python traced_worker.py RUN --folds 0 [slowly]
+python traced_worker.py RUN --folds 0 [slowly] [slow-scoring] [nan=STEP]
+
+`slow-scoring` takes half a second for each batch that is scored, and leaves a file `scoring` as it begins; `nan` spoils
+the loss of that step.
 """
 
 from __future__ import annotations
@@ -8,15 +11,17 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lesionflow.models.image import LesionModule
-from lesionflow.training import run
+from lesionflow.training import run, scoring
 
 if __name__ == "__main__":
     slowly = "slowly" in sys.argv
-    arguments = [a for a in sys.argv[1:] if a != "slowly"]
+    spoilt = next((int(a.removeprefix("nan=")) for a in sys.argv if a.startswith("nan=")), None)
+    arguments = [a for a in sys.argv[1:] if a not in ("slowly", "slow-scoring") and not a.startswith("nan=")]
     trace = Path(arguments[0]) / f"trace-{os.environ.get('RANK', '0')}.csv"
     step = LesionModule.training_step
 
@@ -25,7 +30,18 @@ if __name__ == "__main__":
             file.write(f"{self.step}," + ",".join(map(str, batch.row.tolist())) + "\n")
         if slowly:
             time.sleep(0.05)
-        return step(self, batch, batch_idx)
+        loss = step(self, batch, batch_idx)
+        return loss * float("nan") if self.step == spoilt else loss
 
     LesionModule.training_step = traced  # type: ignore[method-assign]
+    if "slow-scoring" in sys.argv:
+        plain = scoring.batches
+
+        def slow(*of: Any) -> Iterator[Any]:
+            for images in plain(*of):
+                (Path(arguments[0]) / "scoring").touch()
+                time.sleep(0.5)
+                yield images
+
+        scoring.batches = slow
     sys.exit(run.main(arguments))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import timm
 import torch
 from timm.models import group_parameters
@@ -200,7 +202,11 @@ class LesionModule(L.LightningModule):
         return self
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        torch.manual_seed((self.seed * 1_000_003 + self.step) * 1_009 + self.global_rank)
+        # Whatever draws random numbers in this step, they are the step's: a resumed training draws the same.
+        seed = (self.seed * 1_000_003 + self.step) * 1_009 + self.global_rank
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
         factor = schedule(self.step, self.sampler.steps, self.recipe)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.recipe.optimizer.lr * factor

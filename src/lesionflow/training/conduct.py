@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import logging
+import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,14 +23,18 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from lesionflow.data.datamodule import Batch
-from lesionflow.errors import UsageError
+from lesionflow.errors import Preempted, UsageError
+from lesionflow.keys import write_json
 from lesionflow.models.image import LesionModule
 from lesionflow.training import resume
+from lesionflow.training.scoring import Interrupted, any_rank, everyone
 from lesionflow.training.status import Progress, tell_joined, write_progress
 
 CURVE_COLUMNS = ("fold", "model", "epoch", "step", "lesions", "loss", "lr", "images_per_second", "pauc", "auc")
 
 Validate = Callable[[LesionModule], dict[str, float]]
+
+logger = logging.getLogger(__name__)
 
 
 class Stop:
@@ -75,11 +81,16 @@ class Conductor(L.Callback):
         state: dict[str, Any] | None,
         validate: Validate,
         stop: Stop,
+        names: Sequence[str],
         show: Callable[[Progress], None] | None = None,
     ) -> None:
         self.out, self.events, self.fold, self.model = out, events, fold, model
         self.identity, self.validate, self.stop, self.show = identity, validate, stop, show
+        self.names = names
+        """Of the store's rows."""
         self.preempted = False
+        self.saved = int(state["step"]) if state else 0
+        """The step of the newest checkpoint that was written or read here."""
         self._state = state
         self._losses: list[torch.Tensor] = []
         self._shown = 0.0
@@ -89,6 +100,12 @@ class Conductor(L.Callback):
         if self._state is not None:
             trainer.optimizers[0].load_state_dict(self._state["optimizer"])
             self._state = None
+        if len(at := everyone(module.step)) > 1:
+            steps = ", ".join(map(str, sorted(at)))
+            raise Preempted(
+                f"fold {self.fold}: the processes found different checkpoints (of steps {steps}): see that all have "
+                "the same volume, and start again"
+            )
         tell_joined()
         # In place of Lightning's own handler, which broadcasts from inside the signal and so deadlocks.
         self.stop.listen()
@@ -111,13 +128,14 @@ class Conductor(L.Callback):
         loss, stop = self._agree(trainer, module)
         figures: dict[str, float] = {}
         options = module.recipe.training
-        # Before the validation: it may take longer than the time that a stop is given.
         if stop or (within == 0 and (epoch % options.checkpoint_every == 0 or last)):
-            if trainer.is_global_zero:
-                resume.save(self.out / "last.ckpt", module, trainer.optimizers[0], self.identity)
-            trainer.strategy.barrier()
+            self._save(trainer, module)
         if not stop and options.validate_every and (last or (within == 0 and epoch % options.validate_every == 0)):
-            figures = self.validate(module)
+            try:
+                figures = self.validate(module)
+            except Interrupted:
+                stop = True
+                self._save(trainer, module)
         self._record(trainer, module, loss, figures)
         if stop and not last:
             self.preempted = True
@@ -127,20 +145,49 @@ class Conductor(L.Callback):
         if trainer.is_global_zero:
             self._writer.close()
 
+    def _save(self, trainer: L.Trainer, module: LesionModule) -> None:
+        """A checkpoint, on rank 0; one that can't be written leaves those before it, and training goes on."""
+        if module.step == self.saved:
+            return
+        failed = False
+        if trainer.is_global_zero:
+            try:
+                resume.save(self.out, module, trainer.optimizers[0], self.identity)
+            except OSError as error:
+                failed = True
+                logger.warning(
+                    "%s: step %d can't be saved (%s): free some space; the last checkpoint is of %s",
+                    self.out, module.step, error.strerror, f"step {self.saved}" if self.saved else "an earlier start",
+                )  # fmt: skip
+        if not any_rank(failed):
+            self.saved = module.step
+
     def _agree(self, trainer: L.Trainer, module: LesionModule) -> tuple[float, bool]:
         """Mean loss since the last look, and whether any rank was asked to stop; the same on all ranks."""
-        loss = torch.stack(self._losses).mean()
+        losses = torch.stack(self._losses)
+        loss = losses.mean()
         self._losses.clear()
         shared = torch.stack([loss, loss.new_tensor(float(self.stop.asked))])
         if trainer.world_size > 1:
             dist.all_reduce(shared)
         total, asked = shared.tolist()
         if total != total or abs(total) == float("inf"):
+            step, path = self._tell_batch(trainer, module, losses)
             raise UsageError(
-                f"fold {self.fold}: the loss is not finite at step {module.step}; lower optimizer.lr, "
-                "raise optimizer.warmup or set optimizer.clip"
+                f"fold {self.fold}: the loss is not finite at step {step}, see the batch's lesions in {path}; lower "
+                "optimizer.lr, raise optimizer.warmup or set optimizer.clip"
             )
         return total / trainer.world_size, asked > 0
+
+    def _tell_batch(self, trainer: L.Trainer, module: LesionModule, losses: torch.Tensor) -> tuple[int, Path]:
+        """Write the lesions of the first step whose loss is not finite on any rank; returns that step and the file."""
+        bad = [at for at, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+        step = module.step - len(losses) + min(everyone(min(bad, default=len(losses) - 1)))
+        path = self.out / "not-finite.json"
+        if trainer.is_global_zero:
+            lesions = [self.names[draw.row] for draw in module.sampler.batch(step)]
+            write_json(path, {"fold": self.fold, "model": self.model, "step": step + 1, "isic_ids": lesions})
+        return step + 1, path
 
     def _record(self, trainer: L.Trainer, module: LesionModule, loss: float, figures: dict[str, float]) -> None:
         if not trainer.is_global_zero:
@@ -160,9 +207,10 @@ class Conductor(L.Callback):
             "images_per_second": round(speed, 1),
             **figures,
         }
-        _append(self.out / "metrics.csv", row)
-        for name in ("loss", "lr", "images_per_second", *figures):
-            self._writer.add_scalar(name, row[name], module.step)
+        with contextlib.suppress(OSError):  # Curves are not worth a training: a full disk may have room again later.
+            _append(self.out / "metrics.csv", row)
+            for name in ("loss", "lr", "images_per_second", *figures):
+                self._writer.add_scalar(name, row[name], module.step)
         if now - self._shown > 1 or module.step == steps:
             self._shown = now
             remaining = (steps - module.step) * seconds / done

@@ -23,30 +23,43 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import lightning as L
 import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 
 from lesionflow.data.datamodule import LesionData
 from lesionflow.data.folds import Folds
 from lesionflow.data.pixelcache import PixelCache, obtain
 from lesionflow.data.sampler import Sampler
 from lesionflow.data.store import Store
-from lesionflow.errors import LesionflowError, Preempted, UsageError
+from lesionflow.errors import DataError, LesionflowError, Preempted, UsageError
 from lesionflow.evaluation.metrics import auc, pauc
 from lesionflow.keys import atomic, fold_identity, model_identity, planned_keys
 from lesionflow.models.image import LesionModule, preprocess_spec
 from lesionflow.recipe import Recipe
 from lesionflow.training import resume
 from lesionflow.training.conduct import Conductor, Stop
-from lesionflow.training.scoring import any_rank, barrier, device, load_network, rank, score, weights_identity
+from lesionflow.training.scoring import (
+    Interrupted,
+    any_rank,
+    barrier,
+    device,
+    load_network,
+    rank,
+    score,
+    weights_identity,
+)
 from lesionflow.training.status import OPERATED, Progress, report
 
 Show = Callable[[Progress], None]
+
+LOADERS = "LESIONFLOW_LOADERS"
+"""Environment variable: loader processes of each training process, where the usual number doesn't fit."""
 
 LOCK_PATIENCE = 120.0
 """Seconds a file server may hold a lock of a node that is gone."""
@@ -148,7 +161,12 @@ def _train_fold(fold: _Fold) -> None:
         if any_rank(fold.stop.asked):
             raise Preempted(f"fold {fold.number}: stopped after model {model} was saved; run again to go on")
         network = load_network(weights, fold.recipe).to(device())
-        logits += score(network, fold.store, rows, spec, tta, fold.cache)
+        try:
+            logits += score(network, fold.store, rows, spec, tta, fold.cache, lambda: fold.stop.asked)
+        except Interrupted:
+            raise Preempted(
+                f"fold {fold.number}: stopped while scoring, model {model} is saved; run again to go on"
+            ) from None
     if rank() == 0:
         table = pl.DataFrame(
             {
@@ -163,7 +181,7 @@ def _train_fold(fold: _Fold) -> None:
         own = len(fold.held_out)
         # The second file says that the fold is done, so it is written last.
         for name, part in (("holdout", table[own:]), ("oof", table[:own])):
-            with atomic(fold.out / f"{name}.parquet") as file:
+            with _written(fold.out / f"{name}.parquet") as file:
                 part.write_parquet(file, metadata={"identity": identity})
     barrier()
 
@@ -175,7 +193,7 @@ def _train_model(fold: _Fold, model: int) -> Path:
     weights = out / "weights.safetensors"
     if weights.exists() and weights_identity(weights) == identity:
         return weights
-    state = resume.load(out / "last.ckpt", identity, anew=fold.anew)
+    state = resume.load(out, identity, anew=fold.anew)
     barrier()  # Every rank has looked before rank 0 removes or writes anything.
     if state is None and rank() == 0:
         shutil.rmtree(out, ignore_errors=True)
@@ -190,9 +208,11 @@ def _train_model(fold: _Fold, model: int) -> Path:
         resume.restore(module, state)
 
     def validate(module: LesionModule) -> dict[str, float]:
-        logits = score(module.final, store, fold.held_out, spec, options.tta, fold.cache)
+        try:
+            logits = score(module.final, store, fold.held_out, spec, options.tta, fold.cache, lambda: fold.stop.asked)
+        finally:
+            module.train()
         targets = store.targets[fold.held_out]
-        module.train()
         return {"pauc": pauc(targets, logits), "auc": auc(targets, logits)}
 
     conductor = Conductor(
@@ -204,6 +224,7 @@ def _train_model(fold: _Fold, model: int) -> Path:
         state=state,
         validate=validate,
         stop=fold.stop,
+        names=store.ids,
         show=fold.show,
     )
     if module.step < sampler.steps:
@@ -211,15 +232,15 @@ def _train_model(fold: _Fold, model: int) -> Path:
         _trainer(recipe, conductor).fit(module, data)
     if conductor.preempted:
         where = f"step {module.step} of {sampler.steps}"
-        raise Preempted(f"fold {fold.number}: stopped at {where}, saved; run again to go on")
+        saved = "saved" if conductor.saved == module.step else f"not saved, see above; step {conductor.saved} is"
+        raise Preempted(f"fold {fold.number}: stopped at {where}, {saved}; run again to go on")
     if rank() == 0:
         tensors = {k: v.detach().cpu().contiguous() for k, v in module.final.state_dict().items()}
-        out.mkdir(parents=True, exist_ok=True)
-        # One entry only: with more, their order and so the file's hash would be random.
-        save_file(tensors, out / "weights.tmp", metadata={"identity": identity})
-        (out / "weights.tmp").chmod(0o644)  # safetensors lets nobody else read it.
-        (out / "weights.tmp").replace(weights)
-        (out / "last.ckpt").unlink(missing_ok=True)
+        with _written(weights) as file:
+            # One entry only: with more, their order and so the file's hash would be random.
+            file.write(to_safetensors(tensors, metadata={"identity": identity}))
+        for path in resume.checkpoints(out):
+            path.unlink()
     barrier()
     return weights
 
@@ -258,7 +279,21 @@ def _hush_lightning() -> None:
 
 def _workers() -> int:
     """Loader processes: decoding is 1 % of a step on a CPU, and what starves a GPU without them."""
+    if (asked := os.environ.get(LOADERS, "")).isdigit():
+        return int(asked)
     return min(8, max(1, (os.cpu_count() or 1) - 1)) if torch.cuda.is_available() else 0
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """`atomic`, for what training must not end without. Raises `DataError` where it can't be written."""
+    try:
+        with atomic(path) as file:
+            yield file
+    except OSError as error:
+        raise DataError(
+            f"{path}: can't be written ({error.strerror}): free some space and run again; what was trained is kept"
+        ) from None
 
 
 def _is_scored(out: Path, identity: str) -> bool:
@@ -313,6 +348,12 @@ def _lost_peer(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs)
 
 
+def _lost_loader(error: BaseException) -> bool:
+    """Whether a loader process was killed from outside, as the kernel does where memory is short."""
+    signs = ("exited unexpectedly", "killed by signal")
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and any(s in str(error) for s in signs)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Worker entry: exit code as in `lesionflow.errors`, reported to the parent through `status`."""
     parser = argparse.ArgumentParser(prog="lesionflow.training.run", description=__doc__.splitlines()[0])
@@ -332,6 +373,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _lost_peer(error):
             print(f"lost another rank: {error}", file=sys.stderr)  # noqa: T201
             report(Preempted.exit_code, "lost another rank; start again to go on from the last checkpoint")
+            return Preempted.exit_code
+        if _lost_loader(error):
+            message = (
+                f"a loader process was killed, is memory short? start again to go on, with fewer of them by {LOADERS}"
+            )
+            print(f"error: {message}", file=sys.stderr)  # noqa: T201
+            report(Preempted.exit_code, message)
             return Preempted.exit_code
         report(1, f"{type(error).__name__}: {error}")
         raise

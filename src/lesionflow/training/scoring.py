@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,13 @@ from lesionflow.keys import model_identity, planned_keys
 from lesionflow.models.image import build
 from lesionflow.recipe import Recipe
 
+BATCH = 64
+"""Lesions scored at a time."""
+
+
+class Interrupted(Exception):
+    """A rank was told to stop while lesions were scored."""
+
 
 def rank() -> int:
     """This process's place among all of the training's, 0 if it is alone."""
@@ -38,9 +47,16 @@ def any_rank(flag: bool) -> bool:
     """Whether the flag is up on any rank; the same answer on all."""
     if not dist.is_initialized():
         return flag
-    flags: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+    return True in everyone(flag)
+
+
+def everyone(value: Any) -> set[Any]:
+    """The values that the ranks have, the same set on all."""
+    if not dist.is_initialized():
+        return {value}
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return set(values)
 
 
 def load_network(weights: Path, recipe: Recipe) -> torch.nn.Module:
@@ -83,8 +99,11 @@ def score(
     spec: PreprocessSpec,
     tta: str,
     cache: PixelCache | None = None,
+    asked: Callable[[], bool] | None = None,
 ) -> NDArray[np.float64]:
     """Logits of store rows, float64 [len(rows)], in order; the ranks share the work and all get the result.
+
+    `asked` says whether this process was told to stop: if any was, all ranks raise `Interrupted` after a batch.
 
     In whole float32 on a GPU too (no TF32): thresholds are chosen on these, and the exported graph must agree.
     """
@@ -94,7 +113,10 @@ def score(
     mine = rows[rank() :: world] if world > 1 else rows
     parts = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for images in batches(store, mine, spec, 64, cache):
+        common = math.ceil(len(rows) // world / BATCH)  # Batches that every rank has.
+        for number, images in enumerate(batches(store, mine, spec, BATCH, cache)):
+            if asked is not None and number < common and _any(asked(), where):
+                raise Interrupted
             x = normalise(images.to(where), spec).contiguous(memory_format=torch.channels_last)
             views = [x, x.flip(3), x.flip(2), x.flip((2, 3))] if tta == "flips" else [x]
             parts.append(torch.stack([network(v)[:, 0].float() for v in views]).mean(0).cpu())
@@ -107,6 +129,15 @@ def score(
     for owner, part in enumerate(gathered):
         logits[owner::world] = part
     return logits
+
+
+def _any(flag: bool, where: torch.device) -> bool:
+    """`any_rank` as a tensor: it is asked for every batch."""
+    if not dist.is_initialized():
+        return flag
+    shared = torch.tensor(float(flag), device=where)
+    dist.all_reduce(shared)
+    return shared.item() > 0
 
 
 def device() -> torch.device:

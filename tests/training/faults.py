@@ -1,0 +1,332 @@
+"""Faults, planted in a training from outside: does it always finish, with the very weights of one without trouble?
+
+    python tests/training/faults.py --count 300 --seed 1
+
+A toy training is done by `lesionflow train` with two processes. Each fault is of a kind, on a rank and at a step
+drawn from the seed, and must have really happened; the command's exit code is held against the one that fits, and then
+it is started again. A training that ends must have the SHA-256 of one that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lesionflow import keys, steps
+from lesionflow.data.synthetic import synthesize
+from lesionflow.recipe import Recipe
+from lesionflow.training import resume
+
+TOY = [
+    "sampling.negatives=1", "training.batch_size=8", "training.epochs=40", "training.checkpoint_every=2",
+    "training.validate_every=0", "training.precision=fp32", "image.size=32", "model.weights=none", "folds.holdout=0",
+]  # fmt: skip
+HANG = 60.0
+"""Seconds after which a training that neither ends nor goes on hangs."""
+LOADERS = "LESIONFLOW_LOADERS"
+
+
+class Failed(AssertionError):
+    """What was promised didn't hold."""
+
+
+@dataclass
+class Result:
+    """What became of the faults."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    finished: int = 0
+    """Trainings that ended, each with the weights of the one without trouble."""
+    slowest: float = 0.0
+    """Seconds from a fault to the end of the command."""
+
+
+class Training:
+    """`lesionflow train` on a prepared run, as a process that is looked at from outside."""
+
+    def __init__(self, run: Path, loaders: int) -> None:
+        self.run, self.model = run, run / "fold-0" / "model-0"
+        command = [
+            sys.executable,
+            "-m",
+            "lesionflow",
+            "train",
+            "--out",
+            str(run),
+            "--fold",
+            "0",
+            "--processes",
+            "2",
+            "-q",
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", LOADERS: str(loaders)}
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def steps(self) -> int:
+        """Steps that the curve tells of; what a killed training did after its last checkpoint is told twice."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return int((self.model / "metrics.csv").read_text().splitlines()[-1].split(",")[3])
+        return 0
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids by rank."""
+        found = {}
+        for child in below(self.process.pid):
+            with contextlib.suppress(OSError, StopIteration):
+                variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                command = Path(f"/proc/{child}/cmdline").read_bytes()
+                if b"lesionflow.training.run" in command and b"torch.distributed.run" not in command:
+                    found[int(next(v for v in variables if v.startswith(b"RANK=")).removeprefix(b"RANK="))] = child
+        return found
+
+    def until(self, reached: Callable[[], bool]) -> bool:
+        """Wait for it; False if the training ended before. Raises `Failed` if it hangs."""
+        seen, since = -1, time.monotonic()
+        while not reached():
+            if self.process.poll() is not None:
+                return False
+            if (now := self.steps()) != seen:
+                seen, since = now, time.monotonic()
+            if time.monotonic() - since > HANG:
+                self.end()
+                raise Failed(f"hangs at step {seen}")
+            time.sleep(0.002)
+        return True
+
+    def ended(self) -> tuple[int, str]:
+        """Exit code and what was said. Raises `Failed` if it hangs."""
+        try:
+            _, errors = self.process.communicate(timeout=HANG)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise Failed(f"didn't end within {HANG:g} s") from None
+        return self.process.returncode, errors
+
+    def end(self) -> None:
+        """Whatever is left of it, by force."""
+        for child in (*below(self.process.pid), self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        self.process.wait()
+
+
+def below(pid: int) -> list[int]:
+    """All processes that a process began, directly or not."""
+    try:
+        own = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return [*own, *(grandchild for child in own for grandchild in below(child))]
+
+
+# Each plants its fault, and says whether it really happened and with which code the command has to end.
+
+
+def kill_a_rank(training: Training, draw: random.Random) -> int | None:
+    return _signal(training, [training.ranks().get(draw.randrange(2))], signal.SIGKILL)
+
+
+def stop_a_rank(training: Training, draw: random.Random) -> int | None:
+    return _signal(training, [training.ranks().get(draw.randrange(2))], signal.SIGTERM)
+
+
+def stop_all(training: Training, draw: random.Random) -> int | None:
+    return _signal(training, [*training.ranks().values(), training.process.pid], signal.SIGTERM)
+
+
+def kill_a_loader(training: Training, draw: random.Random) -> int | None:
+    rank = training.ranks().get(draw.randrange(2))
+    loaders = [pid for pid in below(rank or 0) if b"spawn_main" in _command(pid)]
+    return _signal(training, [draw.choice(loaders) if loaders else None], signal.SIGKILL)
+
+
+def kill_during_a_write(training: Training, draw: random.Random) -> int | None:
+    """Rank 0, while a checkpoint is written: its unfinished file shows it."""
+    writer = training.ranks().get(0)
+
+    def begun() -> bool:
+        with contextlib.suppress(OSError), os.scandir(training.model) as entries:
+            return any(entry.name.startswith(".step-") for entry in entries)
+        return False
+
+    while training.process.poll() is None:
+        if begun():
+            code = _signal(training, [writer], signal.SIGKILL)
+            return code if begun() else None
+    return None
+
+
+def fill_the_disk(training: Training, draw: random.Random) -> int | None:
+    """Rank 0 can write no whole checkpoint for some epochs; the kernel says so in the middle of one."""
+    writer, before = training.ranks().get(0), resume.checkpoints(training.model)
+    if writer is None or not before:
+        return None
+    try:
+        resource.prlimit(writer, resource.RLIMIT_FSIZE, (before[0].stat().st_size // 2, resource.RLIM_INFINITY))
+        until = training.steps() + 3 * STEPS_PER_SAVE
+        if not training.until(lambda: training.steps() >= until):
+            return None
+        refused = resume.checkpoints(training.model)[0] == before[0]
+        resource.prlimit(writer, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except (ProcessLookupError, FileNotFoundError):
+        return None
+    return 0 if refused else None
+
+
+STEPS_PER_SAVE = 0  # Known once the toy is made.
+KINDS = (kill_a_rank, stop_a_rank, stop_all, kill_a_loader, kill_during_a_write, fill_the_disk)
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def _signal(training: Training, pids: list[int | None], number: int) -> int | None:
+    """143 if all of the processes were there to be hit."""
+    try:
+        for pid in pids:
+            if pid is None:
+                return None
+            os.kill(pid, number)
+    except ProcessLookupError:
+        return None
+    return 143
+
+
+def make_toy(folder: Path) -> Path:
+    """A prepared run whose training takes a few hundred steps of some milliseconds."""
+    global STEPS_PER_SAVE
+    synthesize(folder / "data", patients=12, lesions=240, seed=3, prevalence=0.2, progress=False)
+    recipe = Recipe.load("quick", [*TOY])
+    run = folder / "toy"
+    planned = steps.begin(run, recipe, folder / "data")
+    steps.prepare(run, folder / "data", planned["prepare"], progress=False)
+    steps.split(run, planned["split"])
+    return run
+
+
+def inject(folder: Path, count: int, seed: int, tell: Callable[[str], None] = print) -> Result:
+    """Plant `count` faults. Raises `Failed` at the first promise that doesn't hold, naming seed, fault and step."""
+    global STEPS_PER_SAVE
+    clean = make_toy(folder)
+    whole = Training(clean, 0)
+    code, errors = whole.ended()
+    if code != 0:
+        raise Failed(f"the training without trouble ended with {code}: {errors}")
+    weights = Path("fold-0") / "model-0" / "weights.safetensors"
+    expected = keys.file_hash(clean / weights)
+    total = whole.steps()
+    STEPS_PER_SAVE = total // 20
+    result, run, number = Result(), folder / "run", 0
+    while number < count or run.exists():
+        if not run.exists():
+            shutil.copytree(clean, run, ignore=shutil.ignore_patterns("fold-*", "events", "log-*"))
+        draw = random.Random(f"{seed}-{number}")
+        plant = KINDS[draw.randrange(len(KINDS))] if number < count else None
+        training = Training(run, loaders=1 if plant is kill_a_loader else 0)
+        try:
+            code = _one(training, plant, draw, total, result)
+        except Failed as failure:
+            name = plant.__name__ if plant else "nothing"
+            raise Failed(f"seed {seed}, fault {number} ({name}), step {training.steps()}: {failure}") from None
+        finally:
+            training.end()
+        if code is not None:
+            number += 1
+            if number % 10 == 0:
+                tell(
+                    f"{number} of {count} faults, {result.finished} trainings ended, slowest end {result.slowest:.1f} s"
+                )
+        if (run / "fold-0" / "oof.parquet").exists():
+            if (found := keys.file_hash(run / weights)) != expected:
+                raise Failed(f"seed {seed}, fault {number}: weights {found[:12]}, without trouble {expected[:12]}")
+            result.finished += 1
+            shutil.rmtree(run)
+    return result
+
+
+def _one(
+    training: Training, plant: Callable[[Training, random.Random], int | None] | None, draw: random.Random, total: int,
+    result: Result,
+) -> int | None:  # fmt: skip
+    """One life of a training with at most one fault; the code that the fault asked for, None if it didn't happen."""
+    if plant is None:
+        code, errors = training.ended()
+        if code != 0:
+            raise Failed(f"ended with {code} though nothing was done to it: {errors}")
+        return None
+    before = training.steps()
+    training.until(lambda: training.steps() != before or (bool(training.ranks()) and training.steps() >= total))
+    target = draw.randrange(max(1, total // 4)) + training.steps()
+    expected = plant(training, draw) if training.until(lambda: training.steps() >= min(target, total - 1)) else None
+    began = time.monotonic()
+    code, errors = training.ended()
+    result.slowest = max(result.slowest, time.monotonic() - began if expected == 143 else 0.0)
+    # A fault at the very end may come when all is done.
+    allowed = {expected, 0} if expected is not None else {0, 143}
+    if code not in allowed:
+        raise Failed(f"exit code {code}, not {expected}: {errors}")
+    if "Traceback" in errors:
+        raise Failed(f"a traceback: {errors}")
+    if expected is not None and code == expected:
+        result.faults[plant.__name__] += 1
+        return code
+    return None
+
+
+@contextlib.contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep
+        return
+    with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
+        yield Path(scratch)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="folder for the trainings, which is left as it is")
+    options = parser.parse_args()
+    began = time.monotonic()
+    with _folder(options.keep) as folder:
+        try:
+            result = inject(folder, options.count, options.seed, lambda text: print(text, flush=True))
+        except Failed as failure:
+            print(f"FAILED {failure}")
+            return 1
+    for kind, count in sorted(result.faults.items()):
+        print(f"{kind:20} {count:4}")
+    print(
+        f"{sum(result.faults.values())} faults in {time.monotonic() - began:.0f} s, seed {options.seed}: all finished "
+        f"({result.finished} trainings), weights equal, slowest end {result.slowest:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -37,6 +37,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "data/images.py",
         "data/sampler.py",
         "data/augment.py",
+        "data/diagnosis.py",
         "data/datamodule.py",
         "data/pixelcache.py",
         "models/image.py",

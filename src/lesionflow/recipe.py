@@ -141,6 +141,8 @@ class Training:
     """Lesions per optimiser step over all processes together."""
     ema: float = bound(0.99, 0, 0.99999)
     """Decay per step of the weights' moving average that is scored and exported; 0 uses the last weights."""
+    auxiliary: float = bound(0.0, 0, 10)
+    """Weight of a second loss beside malignant or not: which kind of diagnosis (`iddx_2`; a target, never an input)."""
     precision: str = bound("auto", choices=("auto", "fp32", "bf16"))
     """`auto` takes what is fastest on the device: bf16 on CUDA, fp32 on a CPU."""
     validate_every: int = bound(0, 0, 10_000)

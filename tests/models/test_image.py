@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,13 +69,17 @@ def test_the_colour_statistics_are_the_backbones_own() -> None:
     assert preprocess_spec(Recipe.load("baseline", ["model.backbone=resnet18"])).mean == (0.485, 0.456, 0.406)
 
 
-def module(**model: object) -> LesionModule:
-    import numpy as np
-
-    recipe = Recipe.from_dict({"name": "t", "model": {"backbone": TINY.backbone, "weights": "none", **model}})
+def module(kinds: int = 0, auxiliary: float = 0.0, **model: object) -> LesionModule:
+    recipe = Recipe.from_dict(
+        {
+            "name": "t",
+            "model": {"backbone": TINY.backbone, "weights": "none", **model},
+            "training": {"auxiliary": auxiliary},
+        }
+    )
     rows = np.arange(64)
     sampler = Sampler(rows, (rows < 16).astype(np.int8), recipe.sampling, epochs=1, batch_size=16, seed=0)
-    return LesionModule(recipe, preprocess_spec(recipe), sampler, seed=0)
+    return LesionModule(recipe, preprocess_spec(recipe), sampler, seed=0, kinds=kinds)
 
 
 def test_frozen_stages_keep_weights_and_statistics() -> None:
@@ -102,6 +109,34 @@ def test_the_average_follows_but_is_never_trained() -> None:
     moved = (trained.average.module.conv_stem.weight - before).mean().item()
     assert 0 < moved < 0.2
     assert trained.final is trained.average.module
+
+
+def test_kinds_of_diagnosis_are_learned_by_a_head_that_is_never_exported() -> None:
+    from lesionflow.data.datamodule import Batch
+    from lesionflow.data.sampler import DRAWS
+
+    taught = module(kinds=3, auxiliary=0.5)
+    taught._trainer = SimpleNamespace(world_size=1)
+    image = torch.randint(0, 255, (16, 128, 128, 3), dtype=torch.uint8)
+    known = torch.tensor([0, 1, 2, -1] * 4)
+    batch = Batch(image, (known > 0).float(), torch.rand(16, DRAWS), torch.arange(16), known)
+    torch.manual_seed(1)
+    loss = taught.training_step(batch, 0)
+    loss.backward()
+    assert taught.auxiliary.weight.grad.abs().sum() > 0
+    batch.kind = torch.full((16,), -1)
+    torch.manual_seed(1)
+    without = taught.training_step(batch, 0)
+    # Untrained, three kinds are equally likely: ln 3 for each of the twelve known ones.
+    assert (loss - without).item() == pytest.approx(0.5 * 12 / 16 * math.log(3), rel=0.2)
+    assert set(taught.final.state_dict()) == set(build(TINY).state_dict())
+    held = {id(p) for group in taught.configure_optimizers().param_groups for p in group["params"]}
+    assert {id(p) for p in taught.auxiliary.parameters()} <= held
+
+
+def test_a_backbone_whose_features_are_not_to_be_had_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"training\.auxiliary: model\.backbone"):
+        module(backbone="repvit_m0_9", kinds=2)
 
 
 def test_norms_and_biases_are_spared_from_decay() -> None:

@@ -218,7 +218,7 @@ def test_what_another_recipe_left_half_trained_is_refused_or_started_anew(run: P
     folder = run / "fold-0" / "model-0"
     folder.mkdir(parents=True)
     network = torch.nn.Linear(2, 1)
-    left = SimpleNamespace(step=7, network=network, average=SimpleNamespace(module=network))
+    left = SimpleNamespace(step=7, network=network, average=SimpleNamespace(module=network), auxiliary=None)
     path = resume.save(folder, left, torch.optim.SGD(network.parameters()), "another")
     with pytest.raises(DataError, match="another data set, split, recipe"):
         resume.load(folder, "ours")

@@ -17,7 +17,7 @@ from lesionflow.training import resume
 def save(folder: Path, step: int, identity: str = "ours") -> Path:
     torch.manual_seed(step)
     network = torch.nn.Linear(20, 10)
-    module = SimpleNamespace(step=step, network=network, average=SimpleNamespace(module=network))
+    module = SimpleNamespace(step=step, network=network, average=SimpleNamespace(module=network), auxiliary=None)
     return resume.save(folder, module, torch.optim.Adam(network.parameters()), identity)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lesionflow.data.diagnosis import UNKNOWN
 from lesionflow.data.images import Pixels, PreprocessSpec
 from lesionflow.data.pixelcache import PixelCache, pixels
 from lesionflow.data.sampler import Draw, Sampler, StepSampler
@@ -33,6 +34,8 @@ class Batch:
     """float32 [b, DRAWS], what augmentation draws from."""
     row: Tensor
     """int64 [b], rows of the store."""
+    kind: Tensor
+    """int64 [b], the kind of diagnosis, -1 where it is unknown or nobody asked (`data.diagnosis`)."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return Batch(*(t.to(device, non_blocking=non_blocking) for t in self._tensors()))
@@ -41,14 +44,20 @@ class Batch:
         return Batch(*(t.pin_memory() for t in self._tensors()))
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.image, self.target, self.randoms, self.row
+        return self.image, self.target, self.randoms, self.row, self.kind
 
 
 class Lesions(Dataset[Batch]):
     """Drawn lesions as whole batches, decoded or from the cache; safe to pickle into workers, which map files anew."""
 
-    def __init__(self, store: Store, spec: PreprocessSpec, cache: PixelCache | None = None) -> None:
-        self.store, self.spec, self.cache = store, spec, cache
+    def __init__(
+        self,
+        store: Store,
+        spec: PreprocessSpec,
+        cache: PixelCache | None = None,
+        kinds: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.store, self.spec, self.cache, self.kinds = store, spec, cache, kinds
 
     def __getitem__(self, draw: Draw) -> Batch:
         return self.__getitems__([draw])
@@ -61,6 +70,7 @@ class Lesions(Dataset[Batch]):
             torch.from_numpy(self.store.targets[rows].astype(np.float32)),
             torch.from_numpy(np.stack([d.randoms for d in drawn])),
             torch.from_numpy(rows),
+            torch.from_numpy(np.full(len(rows), UNKNOWN) if self.kinds is None else self.kinds[rows]),
         )
 
 
@@ -105,9 +115,10 @@ class LesionData(L.LightningDataModule):
         start: int = 0,
         workers: int = 0,
         cache: PixelCache | None = None,
+        kinds: NDArray[np.int64] | None = None,
     ) -> None:
         super().__init__()
-        self.lesions = Lesions(store, spec, cache)
+        self.lesions = Lesions(store, spec, cache, kinds)
         self.sampler, self.start, self.workers = sampler, start, workers
 
     def train_dataloader(self) -> DataLoader[Batch]:

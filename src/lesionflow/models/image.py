@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from lesionflow.data.augment import augment
 from lesionflow.data.datamodule import Batch
+from lesionflow.data.diagnosis import UNKNOWN
 from lesionflow.data.images import PreprocessSpec
 from lesionflow.data.sampler import Sampler
 from lesionflow.errors import UsageError
@@ -182,10 +183,19 @@ class LesionModule(L.LightningModule):
     dropout, learning rate), so nothing but weights, their average and the optimiser needs saving.
     """
 
-    def __init__(self, recipe: Recipe, spec: PreprocessSpec, sampler: Sampler, *, seed: int, start: int = 0) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        spec: PreprocessSpec,
+        sampler: Sampler,
+        *,
+        seed: int,
+        kinds: int = 0,
+    ) -> None:
+        """`kinds` of diagnosis are told apart by a head of their own, which only training has."""
         super().__init__()
         self.recipe, self.spec, self.sampler, self.seed = recipe, spec, sampler, seed
-        self.step = start
+        self.step = 0
         torch.manual_seed(seed)
         self.network = build(recipe.model).to(memory_format=torch.channels_last)
         # The average starts with a short memory (warm-up), else the pretrained weights would linger in it.
@@ -193,6 +203,7 @@ class LesionModule(L.LightningModule):
         self.average = ModelEmaV3(self.network, decay=recipe.training.ema, use_warmup=True, foreach=True)
         self.average.requires_grad_(False)
         check_forward(self.network, recipe)
+        self.auxiliary = _auxiliary_head(self.network, recipe, kinds) if kinds else None
         self.train()  # Lightning leaves the mode as it finds it, and the frozen layers must be in theirs.
 
     def train(self, mode: bool = True) -> LesionModule:
@@ -213,8 +224,17 @@ class LesionModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x = augment(batch.image, batch.randoms, self.recipe.augment, self.spec)
-        logit = self.network(x.contiguous(memory_format=torch.channels_last))[:, 0].float()
-        loss = functional.binary_cross_entropy_with_logits(logit, batch.target, reduction="sum")
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.auxiliary is None:
+            logit = self.network(x)
+        else:
+            features = _features(self.network, x)
+            logit = self.network.get_classifier()(features)  # type: ignore[operator]
+        loss = functional.binary_cross_entropy_with_logits(logit[:, 0].float(), batch.target, reduction="sum")
+        if self.auxiliary is not None:
+            kind = self.auxiliary(features).float()
+            aside = functional.cross_entropy(kind, batch.kind, ignore_index=UNKNOWN, reduction="sum")
+            loss = loss + self.recipe.training.auxiliary * aside
         # DDP averages over ranks; this weight makes that the mean over the global batch, however it was cut.
         return loss * self.trainer.world_size / self.sampler.batch_size(self.step)
 
@@ -235,12 +255,39 @@ class LesionModule(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         options = self.recipe.optimizer
         parameters = [p for p in self.network.parameters() if p.requires_grad]
+        if self.auxiliary is not None:
+            parameters += self.auxiliary.parameters()
         if options.name == "adam":
             return torch.optim.Adam(parameters, lr=options.lr)
         decayed = [p for p in parameters if p.ndim > 1]
         spared = [p for p in parameters if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": spared, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=options.lr)
+
+
+def _features(network: nn.Module, x: Tensor) -> Tensor:
+    """What the classifier sees, float [B, F]."""
+    features: Tensor = network.forward_head(network.forward_features(x), pre_logits=True)  # type: ignore[operator]
+    return features
+
+
+def _auxiliary_head(network: nn.Module, recipe: Recipe, kinds: int) -> nn.Linear:
+    """A second classifier on the features of the first. Raises `UsageError` if the backbone doesn't give them apart."""
+    classifier = network.get_classifier()  # type: ignore[operator]
+    x, mode = torch.zeros(2, 3, recipe.image.size, recipe.image.size), network.training
+    try:
+        with torch.no_grad():
+            apart = classifier(_features(network.eval(), x))
+            same = isinstance(classifier, nn.Linear) and torch.allclose(apart, network(x))
+    except (AttributeError, TypeError, RuntimeError):
+        same = False
+    if not same:
+        raise UsageError(
+            f"recipe: training.auxiliary: model.backbone {recipe.model.backbone} doesn't give its classifier's "
+            "features apart; set training.auxiliary=0, or choose another backbone"
+        )
+    network.train(mode)
+    return nn.Linear(classifier.in_features, kinds)
 
 
 def schedule(step: int, steps: int, recipe: Recipe) -> float:

@@ -46,6 +46,7 @@ def save(folder: Path, module: LesionModule, optimizer: torch.optim.Optimizer, i
         "step": module.step,
         "network": module.network.state_dict(),
         "average": module.average.module.state_dict(),
+        "auxiliary": module.auxiliary.state_dict() if module.auxiliary is not None else None,
         "optimizer": optimizer.state_dict(),
     }
     buffer = io.BytesIO()
@@ -104,6 +105,8 @@ def restore(module: LesionModule, state: dict[str, Any]) -> None:
     """Put weights, average and step back; the optimiser's part is restored once Lightning has made it."""
     module.network.load_state_dict(state["network"])
     module.average.module.load_state_dict(state["average"])
+    if module.auxiliary is not None:
+        module.auxiliary.load_state_dict(state["auxiliary"])
     module.step = int(state["step"])
 
 

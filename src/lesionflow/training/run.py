@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save as to_safetensors
 
 from lesionflow.data.datamodule import LesionData
+from lesionflow.data.diagnosis import kinds
 from lesionflow.data.folds import Folds
 from lesionflow.data.pixelcache import PixelCache, obtain
 from lesionflow.data.sampler import Sampler
@@ -203,7 +204,8 @@ def _train_model(fold: _Fold, model: int) -> Path:
     sampler = Sampler(
         rows, store.targets[rows], recipe.sampling, epochs=options.epochs, batch_size=options.batch_size, seed=seed
     )
-    module = LesionModule(recipe, spec, sampler, seed=seed)
+    known = kinds(store.table, rows) if options.auxiliary else None
+    module = LesionModule(recipe, spec, sampler, seed=seed, kinds=len(known.names) if known else 0)
     if state is not None:
         resume.restore(module, state)
 
@@ -228,7 +230,10 @@ def _train_model(fold: _Fold, model: int) -> Path:
         show=fold.show,
     )
     if module.step < sampler.steps:
-        data = LesionData(store, spec, sampler, start=module.step, workers=_workers(), cache=fold.cache)
+        data = LesionData(
+            store, spec, sampler, start=module.step, workers=_workers(), cache=fold.cache,
+            kinds=known.codes if known else None,
+        )  # fmt: skip
         _trainer(recipe, conductor).fit(module, data)
     if conductor.preempted:
         where = f"step {module.step} of {sampler.steps}"

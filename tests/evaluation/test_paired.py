@@ -12,7 +12,14 @@ from threadpoolctl import threadpool_limits
 
 from lesionflow.errors import DataError
 from lesionflow.evaluation import intervals, metrics
-from lesionflow.evaluation.paired import METHOD, METHOD_ALIKE, _estimate, compare_scores, paired_difference
+from lesionflow.evaluation.paired import (
+    METHOD,
+    METHOD_ALIKE,
+    _estimate,
+    compare_scores,
+    mean_difference,
+    paired_difference,
+)
 from lesionflow.evaluation.ranking import MEASURES
 from lesionflow.evaluation.resample import AVERAGE_PRECISION, Patients, partial_area
 
@@ -164,3 +171,18 @@ def test_malignant_lesions_of_few_patients_get_no_interval():
     found = paired_difference(y, a, b, patient, replicates=200)
     assert found["low"] is None and found["p_better"] is None
     assert "1 patients" in found["reason"]
+
+
+def test_seeds_are_compared_as_one_on_the_same_draws_of_patients():
+    y, s, worse, patient = cohort(5)
+    rng = np.random.default_rng(1)
+    ours, theirs = ([one + 0.3 * rng.normal(size=len(y)) for _ in range(3)] for one in (s, worse))
+    found = mean_difference(y, ours, theirs, patient, replicates=500)
+    each = [metrics.pauc(y, a) - metrics.pauc(y, b) for a, b in zip(ours, theirs, strict=True)]
+    assert found.difference.value == pytest.approx(np.mean(each), abs=1e-12)
+    alone = mean_difference(y, ours[:1], theirs[:1], patient, replicates=500)
+    one = compare_scores(y, ours[0], theirs[0], patient, [partial_area(0.8)], replicates=500)[0]
+    assert alone == one, "one seed is an ordinary comparison"
+    assert found.error < alone.error, "noise of single trainings averages out"
+    with pytest.raises(ValueError, match="3 and 2 trainings"):
+        mean_difference(y, ours, theirs[:2], patient)

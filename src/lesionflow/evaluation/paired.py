@@ -181,16 +181,48 @@ def paired_difference(
     return result | {"p_better": pair.p_better} | pair.difference.interval.to_dict()
 
 
+def mean_difference(
+    y: ArrayLike,
+    runs_a: Sequence[ArrayLike],
+    runs_b: Sequence[ArrayLike],
+    groups: Groups,
+    *,
+    replicates: int = 2000,
+    seed: int = 0,
+    min_tpr: float = MIN_TPR,
+    level: float = 0.95,
+) -> Pair:
+    """Mean pAUC of several trainings a minus that of as many trainings b, which only their seeds tell apart.
+
+    Every replicate draws patients once for all of them, so the interval is the sampling of patients; how far the seeds
+    lie apart is for the caller to show. Arguments as for `compare_scores`, each run one score vector [n].
+    """
+    if len(runs_a) != len(runs_b) or not runs_a:
+        raise ValueError(f"{len(runs_a)} and {len(runs_b)} trainings: give as many of each")
+    measure = partial_area(min_tpr)
+    patients = Patients(y, [*runs_a, *runs_b], groups)
+    (point,) = _estimate(patients, patients.everyone(), [measure])
+    if reason := intervals.too_few([patients]):
+        return _pair(point, _refused(patients, level, reason))
+    drawn = [_estimate(patients, w, [measure])[0] for w in patients.draws(replicates, seed)]
+    a, b, errors = (np.concatenate([chunk[j] for chunk in drawn]) for j in range(3))
+    return _studentized(point, a - b, errors, measure.maximum, patients, level)
+
+
 Point = tuple[Floats, Floats, Floats]
 """a, b and the standard error of a - b, float64 [r] each."""
 
 
 def _estimate(patients: Patients, weights: Floats, measures: Sequence[Measure]) -> list[Point]:
-    cells, result = [table.times(weights) for table in patients.tables], []
+    """The mean of the first half of the scores, that of the second, and the standard error of their difference."""
+    tables, half = patients.tables, len(patients.tables) // 2
+    cells, result = [table.times(weights) for table in tables], []
     for measure in measures:
-        (a, of_a), (b, of_b) = (measure.influence(*one) for one in cells)
-        pull = patients.tables[0].spread(of_a) - patients.tables[1].spread(of_b)
-        result.append((a, b, np.sqrt(np.einsum("ra,ra->r", weights, pull**2))))
+        found = [measure.influence(*one) for one in cells]
+        a, b = (np.mean([value for value, _ in part], axis=0) for part in (found[:half], found[half:]))
+        pulls = [table.spread(of) for table, (_, of) in zip(tables, found, strict=True)]
+        pull = sum(pulls[1:half], start=pulls[0]) - sum(pulls[half + 1 :], start=pulls[half])
+        result.append((a, b, np.sqrt(np.einsum("ra,ra->r", weights, (pull / half) ** 2))))
     return result
 
 

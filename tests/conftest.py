@@ -24,6 +24,7 @@ TINY = [
     "training.epochs=2",
     "training.batch_size=16",
     "training.validate_every=1",
+    "training.checkpoint_cost=1",
     "evaluation.replicates=200",
     "gate.pauc_floor=0",
     "tabular.rounds=20",

@@ -70,6 +70,9 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "export": ("name", "description"),
 }
 
+# Of [training]: however pictures are read and checkpoints are made, the weights are the same.
+_WITHOUT_EFFECT = ("cache", "checkpoint_every", "checkpoint_minutes", "checkpoint_cost")
+
 
 def plan_keys(recipe: Recipe, fingerprint: str, incumbent: str = "") -> dict[str, str]:
     """Every step's content key, known before the first one runs.
@@ -86,8 +89,7 @@ def plan_keys(recipe: Recipe, fingerprint: str, incumbent: str = "") -> dict[str
         if step == "evaluate":
             part["parity"] = recipe.gate.parity  # Thresholds leave room for it.
         if step == "train":
-            # Kept or decoded anew, the pixels are the same.
-            part["training"] = {name: value for name, value in values["training"].items() if name != "cache"}
+            part["training"] = {name: v for name, v in values["training"].items() if name not in _WITHOUT_EFFECT}
         if step == "train" and (weights := Path(recipe.model.weights)).is_file():
             part["weights"] = keys.file_hash(weights)
         inputs = {"before": before, "incumbent": incumbent if step == "gate" else ""}

@@ -145,10 +145,17 @@ class Training:
     """Weight of a second loss beside malignant or not: which kind of diagnosis (`iddx_2`; a target, never an input)."""
     precision: str = bound("auto", choices=("auto", "fp32", "bf16"))
     """`auto` takes what is fastest on the device: bf16 on CUDA, fp32 on a CPU."""
-    validate_every: int = bound(0, 0, 10_000)
-    """Exact pAUC on the held-out fold every so many epochs, for the curves only; 0 only at the end."""
-    checkpoint_every: int = bound(1, 1, 10_000)
+    validate_every: float = bound(0.0, 0, 10_000)
+    """pAUC on the held-out fold every so many epochs and at the end, for the curves only; 0: never."""
+    validate_lesions: int = bound(1024, 0, 10_000_000)
+    """Held-out lesions looked at each time: all malignant ones and a sample of the others, whose error the curve
+    tells (`pauc_error`); 0: all of them."""
+    checkpoint_every: float = bound(1.0, 0.001, 10_000)
     """Epochs between checkpoints."""
+    checkpoint_minutes: float = bound(10.0, 0.01, 1440)
+    """A checkpoint is made after so many minutes at the latest: what a crash may cost. A stop is always saved."""
+    checkpoint_cost: float = bound(0.02, 0.001, 1)
+    """Share of the time that checkpoints may take; those at epochs' ends that would cost more are left out."""
     cache: str = bound("auto", choices=("auto", "on", "off"))
     """Keep all pictures decoded, at `image.size`, in a file beside the store; the weights are the same either way.
     `auto` does so if the schedule draws more pictures over all folds than there are, so that decoding each once is

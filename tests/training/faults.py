@@ -2,9 +2,10 @@
 
     python tests/training/faults.py --count 300 --seed 1
 
-A toy training is done by `lesionflow train` with two processes. Each fault is of a kind, on a rank and at a step
-drawn from the seed, and must have really happened; the command's exit code is held against the one that fits, and then
-it is started again. A training that ends must have the SHA-256 of one that nothing happened to.
+A toy training is done by `lesionflow train` with two processes. Each fault is of a kind, on a rank, in a phase (as the
+processes start, in training, as the end is scored) and at a step drawn from the seed, and must have really happened;
+the command's exit code is held against the one that fits, every checkpoint must be readable, and then it is started
+again. A training that ends must have the SHA-256 of one that nothing happened to.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lesionflow import keys, steps
+from lesionflow.data.folds import Folds
+from lesionflow.data.sampler import Sampler
+from lesionflow.data.store import Store
 from lesionflow.data.synthetic import synthesize
 from lesionflow.recipe import Recipe
 from lesionflow.training import resume
 
 TOY = [
     "sampling.negatives=1", "training.batch_size=8", "training.epochs=40", "training.checkpoint_every=2",
+    "training.checkpoint_cost=1",
     "training.validate_every=0", "training.precision=fp32", "image.size=32", "model.weights=none", "folds.holdout=0",
 ]  # fmt: skip
 HANG = 60.0
@@ -59,28 +64,11 @@ class Training:
 
     def __init__(self, run: Path, loaders: int) -> None:
         self.run, self.model = run, run / "fold-0" / "model-0"
-        command = [
-            sys.executable,
-            "-m",
-            "lesionflow",
-            "train",
-            "--out",
-            str(run),
-            "--fold",
-            "0",
-            "--processes",
-            "2",
-            "-q",
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", LOADERS: str(loaders)}
+        command = [sys.executable, "-m", "lesionflow", "train", "--out", str(run), "--fold", "0", "--processes", "2"]
         self.process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+            [*command, "--quiet"], env={**os.environ, "OMP_NUM_THREADS": "1", LOADERS: str(loaders)}, text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
 
     def steps(self) -> int:
         """Steps that the curve tells of; what a killed training did after its last checkpoint is told twice."""
@@ -95,7 +83,7 @@ class Training:
             with contextlib.suppress(OSError, StopIteration):
                 variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
                 command = Path(f"/proc/{child}/cmdline").read_bytes()
-                if b"lesionflow.training.run" in command and b"torch.distributed.run" not in command:
+                if b"lesionflow.training.run" in command and b"training.agent" not in command:
                     found[int(next(v for v in variables if v.startswith(b"RANK=")).removeprefix(b"RANK="))] = child
         return found
 
@@ -114,7 +102,8 @@ class Training:
         return True
 
     def ended(self) -> tuple[int, str]:
-        """Exit code and what was said. Raises `Failed` if it hangs."""
+        """Exit code and what was said, once it has ended. Raises `Failed` if it hangs."""
+        self.until(lambda: False)
         try:
             _, errors = self.process.communicate(timeout=HANG)
         except subprocess.TimeoutExpired:
@@ -139,7 +128,8 @@ def below(pid: int) -> list[int]:
     return [*own, *(grandchild for child in own for grandchild in below(child))]
 
 
-# Each plants its fault, and says whether it really happened and with which code the command has to end.
+Plant = Callable[[Training, random.Random], int | None]
+"""Plants its fault, and says with which code the command has to end; None if it didn't happen."""
 
 
 def kill_a_rank(training: Training, draw: random.Random) -> int | None:
@@ -183,7 +173,7 @@ def fill_the_disk(training: Training, draw: random.Random) -> int | None:
         return None
     try:
         resource.prlimit(writer, resource.RLIMIT_FSIZE, (before[0].stat().st_size // 2, resource.RLIM_INFINITY))
-        until = training.steps() + 3 * STEPS_PER_SAVE
+        until = training.steps() + 3 * steps_per_save(training.run)
         if not training.until(lambda: training.steps() >= until):
             return None
         refused = resume.checkpoints(training.model)[0] == before[0]
@@ -193,8 +183,11 @@ def fill_the_disk(training: Training, draw: random.Random) -> int | None:
     return 0 if refused else None
 
 
-STEPS_PER_SAVE = 0  # Known once the toy is made.
-KINDS = (kill_a_rank, stop_a_rank, stop_all, kill_a_loader, kill_during_a_write, fill_the_disk)
+ANYWHERE = (kill_a_rank, stop_a_rank, stop_all)
+"""What can happen in every phase; the others need a training that makes checkpoints."""
+KINDS = (*ANYWHERE, kill_a_loader, kill_during_a_write, fill_the_disk)
+PHASES = {"start": 1, "training": 6, "end": 1}
+"""How often each is drawn."""
 
 
 def _command(pid: int) -> bytes:
@@ -215,9 +208,20 @@ def _signal(training: Training, pids: list[int | None], number: int) -> int | No
     return 143
 
 
+def steps_per_save(run: Path) -> int:
+    """Steps between two checkpoints of the toy."""
+    recipe, store, folds = (
+        Recipe.load(run / "recipe.toml"),
+        Store.open(run / "store"),
+        Folds.load(run / "folds.parquet"),
+    )
+    rows, options = folds.train_rows(0), recipe.training
+    sampler = Sampler(rows, store.targets[rows], recipe.sampling, epochs=1, batch_size=options.batch_size, seed=0)
+    return round(sampler.steps_per_epoch * options.checkpoint_every)
+
+
 def make_toy(folder: Path) -> Path:
     """A prepared run whose training takes a few hundred steps of some milliseconds."""
-    global STEPS_PER_SAVE
     synthesize(folder / "data", patients=12, lesions=240, seed=3, prevalence=0.2, progress=False)
     recipe = Recipe.load("quick", [*TOY])
     run = folder / "toy"
@@ -229,7 +233,6 @@ def make_toy(folder: Path) -> Path:
 
 def inject(folder: Path, count: int, seed: int, tell: Callable[[str], None] = print) -> Result:
     """Plant `count` faults. Raises `Failed` at the first promise that doesn't hold, naming seed, fault and step."""
-    global STEPS_PER_SAVE
     clean = make_toy(folder)
     whole = Training(clean, 0)
     code, errors = whole.ended()
@@ -238,27 +241,27 @@ def inject(folder: Path, count: int, seed: int, tell: Callable[[str], None] = pr
     weights = Path("fold-0") / "model-0" / "weights.safetensors"
     expected = keys.file_hash(clean / weights)
     total = whole.steps()
-    STEPS_PER_SAVE = total // 20
-    result, run, number = Result(), folder / "run", 0
+    result, run, number, tries = Result(), folder / "run", 0, 0
     while number < count or run.exists():
         if not run.exists():
             shutil.copytree(clean, run, ignore=shutil.ignore_patterns("fold-*", "events", "log-*"))
-        draw = random.Random(f"{seed}-{number}")
-        plant = KINDS[draw.randrange(len(KINDS))] if number < count else None
+        draw, tries = random.Random(f"{seed}-{tries}"), tries + 1
+        (phase,) = draw.choices(list(PHASES), list(PHASES.values()))
+        plant = draw.choice(KINDS if phase == "training" else ANYWHERE) if number < count else None
         training = Training(run, loaders=1 if plant is kill_a_loader else 0)
         try:
-            code = _one(training, plant, draw, total, result)
+            happened = _one(training, plant, phase, draw, total, result)
+            _check_files(run)
         except Failed as failure:
-            name = plant.__name__ if plant else "nothing"
-            raise Failed(f"seed {seed}, fault {number} ({name}), step {training.steps()}: {failure}") from None
+            what = f"{plant.__name__}, {phase}" if plant else "nothing"
+            raise Failed(f"seed {seed}, fault {number} ({what}), step {training.steps()}: {failure}") from None
         finally:
             training.end()
-        if code is not None:
+        if happened:
             number += 1
             if number % 10 == 0:
-                tell(
-                    f"{number} of {count} faults, {result.finished} trainings ended, slowest end {result.slowest:.1f} s"
-                )
+                ended = f"{result.finished} trainings ended, slowest end {result.slowest:.1f} s"
+                tell(f"{number} of {count} faults, {ended}")
         if (run / "fold-0" / "oof.parquet").exists():
             if (found := keys.file_hash(run / weights)) != expected:
                 raise Failed(f"seed {seed}, fault {number}: weights {found[:12]}, without trouble {expected[:12]}")
@@ -267,33 +270,56 @@ def inject(folder: Path, count: int, seed: int, tell: Callable[[str], None] = pr
     return result
 
 
-def _one(
-    training: Training, plant: Callable[[Training, random.Random], int | None] | None, draw: random.Random, total: int,
-    result: Result,
-) -> int | None:  # fmt: skip
-    """One life of a training with at most one fault; the code that the fault asked for, None if it didn't happen."""
-    if plant is None:
-        code, errors = training.ended()
-        if code != 0:
-            raise Failed(f"ended with {code} though nothing was done to it: {errors}")
-        return None
-    before = training.steps()
-    training.until(lambda: training.steps() != before or (bool(training.ranks()) and training.steps() >= total))
-    target = draw.randrange(max(1, total // 4)) + training.steps()
-    expected = plant(training, draw) if training.until(lambda: training.steps() >= min(target, total - 1)) else None
+def _one(training: Training, plant: Plant | None, phase: str, draw: random.Random, total: int, result: Result) -> bool:
+    """One life of a training with at most one fault; whether that really happened. Raises `Failed`."""
+    expected: int | None = None
+    if plant is not None and training.until(_moment(training, phase, draw, total)):
+        expected = plant(training, draw)
     began = time.monotonic()
     code, errors = training.ended()
-    result.slowest = max(result.slowest, time.monotonic() - began if expected == 143 else 0.0)
-    # A fault at the very end may come when all is done.
-    allowed = {expected, 0} if expected is not None else {0, 143}
-    if code not in allowed:
-        raise Failed(f"exit code {code}, not {expected}: {errors}")
     if "Traceback" in errors:
         raise Failed(f"a traceback: {errors}")
-    if expected is not None and code == expected:
-        result.faults[plant.__name__] += 1
-        return code
-    return None
+    # A fault that comes when all is done changes nothing; one that was aimed at a process that was gone may have hit
+    # another one.
+    if code not in {0, expected, 143 if plant is not None else 0}:
+        raise Failed(f"exit code {code}, not {expected}: {errors}")
+    if code == 0 and not (training.run / "fold-0" / "oof.parquet").exists():
+        raise Failed(f"exit code 0, but the training isn't done: {errors}")
+    if expected is None or code != expected:
+        return False
+    assert plant is not None
+    result.faults[f"{plant.__name__}, {phase}"] += 1
+    result.slowest = max(result.slowest, time.monotonic() - began if code == 143 else 0.0)
+    return True
+
+
+def _moment(training: Training, phase: str, draw: random.Random, total: int) -> Callable[[], bool]:
+    """When a fault is due."""
+    if phase == "start":
+        due = time.monotonic() + draw.uniform(0.5, 6)
+        return lambda: len(training.ranks()) == 2 and time.monotonic() > due
+    if phase == "end":
+        return lambda: training.steps() >= total and bool(training.ranks())
+    before, ahead = training.steps(), draw.randrange(max(1, total // 4))
+    # What the curve tells at first is of an earlier life, and may lie after the checkpoint.
+    began: list[int] = []
+
+    def reached() -> bool:
+        now = training.steps()
+        if not began and (now != before or not before):
+            began.append(now)
+        return bool(began) and now >= min(began[0] + ahead, total - 1)
+
+    return reached
+
+
+def _check_files(run: Path) -> None:
+    """No checkpoint may be unreadable, whatever happened as it was written."""
+    for path in resume.checkpoints(run / "fold-0" / "model-0"):
+        try:
+            resume.read(path)
+        except resume.Damaged as damage:
+            raise Failed(f"{path.name}: {damage}") from None
 
 
 @contextlib.contextmanager
@@ -313,6 +339,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder for the trainings, which is left as it is")
     options = parser.parse_args()
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # The trainings must not outlive this process.
     with _folder(options.keep) as folder:
         try:
             result = inject(folder, options.count, options.seed, lambda text: print(text, flush=True))

@@ -155,6 +155,10 @@ def test_the_first_rank_that_failed_by_itself_decides(tmp_path: Path, monkeypatc
     (tmp_path / "1.json").unlink()
     assert collect(tmp_path, 1).code == 143
     assert collect(tmp_path / "empty", 1) == Outcome(1)
+    assert collect(tmp_path, 0) == Outcome(0), "what ranks said before they were restarted doesn't count"
+    killed, crashed = collect(tmp_path / "empty", -9), collect(tmp_path / "empty", -11)
+    assert killed.code == 143 and "SIGKILL" in killed.message
+    assert crashed.code == 1 and "crashed (SIGSEGV)" in crashed.message
     assert "RANK" in os.environ
 
 

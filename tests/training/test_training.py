@@ -111,11 +111,13 @@ def test_a_stopped_training_saves_mid_epoch_and_goes_on_there(run: Path, uninter
     assert steps_done(run) == sampler_of(run).steps, "no step was done twice"
 
 
-def test_two_processes_train_on_the_global_order_of_one(run: Path) -> None:
-    launch.run_children(
-        [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), str(run),
-          "--folds", "0"]], run, [0], at_once=1, threads=1,
-    )  # fmt: skip
+def torchrun(run: Path, processes: int, *options: str) -> list[str]:
+    launcher = [sys.executable, "-m", launch.AGENT, "--standalone", f"--nproc-per-node={processes}"]
+    return [*launcher, str(WORKER), str(run), "--folds", "0", *options]
+
+
+def test_two_processes_train_on_the_global_order_of_one_and_score_bit_for_bit_as_one(run: Path) -> None:
+    launch.run_children([torchrun(run, 2)], run, [0], at_once=1, threads=1)
     sampler, ranks = sampler_of(run), [shown(run, 0), shown(run, 1)]
     for step in range(sampler.steps):
         whole = [d.row for d in sampler.batch(step)]
@@ -126,10 +128,36 @@ def test_two_processes_train_on_the_global_order_of_one(run: Path) -> None:
     store = Store.open(run / "store")
     assert oof["isic_id"].to_list() == [store.ids[r] for r in folds.held_out_rows(0)]
     assert np.isfinite(oof["logit"].to_numpy()).all()
+    for name in ("oof", "holdout"):
+        (run / "fold-0" / f"{name}.parquet").unlink()
+    assert work(run).wait(120) == 0
+    assert pl.read_parquet(run / "fold-0" / "oof.parquet").equals(oof), "the same weights, scored by one process"
+
+
+def test_each_drawn_lesion_is_shown_once_though_the_number_of_processes_changes(run: Path) -> None:
+    sampler, seen, phases = sampler_of(run), dict[int, list[int]](), (1, 2, 4)
+    for processes in phases:
+        start = max(seen, default=-1) + 1
+        command = torchrun(run, processes, *(["slowly"] if processes < 4 else []))
+        training = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        if processes < 4:
+            wait_for_step(run, 7, training)
+            for child in Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split():
+                os.kill(int(child), signal.SIGTERM)
+        training.wait(120)
+        traces = [shown(run, rank) for rank in range(processes)]
+        for step in traces[0]:
+            assert step >= start and step not in seen, "no step is done twice"
+            seen[step] = [row for rank in traces for row in rank[step]]
+        for rank in range(processes):
+            (run / f"trace-{rank}.csv").unlink()
+    assert sorted(seen) == list(range(sampler.steps))
+    for step, rows in seen.items():
+        assert sorted(rows) == sorted(d.row for d in sampler.batch(step))
 
 
 def test_one_rank_told_to_stop_stops_both_after_a_save(run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER),
+    command = [sys.executable, "-m", launch.AGENT, "--standalone", "--nproc-per-node=2", str(WORKER),
                str(run), "--folds", "0", "slowly"]  # fmt: skip
     status = tmp_path / "status"
     status.mkdir()
@@ -186,7 +214,7 @@ def test_a_stop_while_the_end_is_scored_keeps_the_weights(run: Path, uninterrupt
 def test_a_loss_that_is_no_number_ends_training_and_names_the_lesions(run: Path, processes: int) -> None:
     command = [sys.executable, str(WORKER)]
     if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+        command = [sys.executable, "-m", launch.AGENT, "--standalone", f"--nproc-per-node={processes}",
                    str(WORKER)]  # fmt: skip
     with pytest.raises(UsageError, match=r"not finite at step 18, see the batch's lesions in .*not-finite\.json"):
         launch.run_children([[*command, str(run), "--folds", "0", "nan=17"]], run, [0], at_once=1, threads=1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,12 @@ if __name__ == "__main__":
 
     LesionModule.training_step = traced  # type: ignore[method-assign]
     if "slow-scoring" in sys.argv:
-        plain = scoring.batches
+        plain = scoring.gather
 
-        def slow(*of: Any) -> Iterator[Any]:
-            for images in plain(*of):
-                (Path(arguments[0]) / "scoring").touch()
-                time.sleep(0.5)
-                yield images
+        def slow(*of: Any) -> Any:
+            (Path(arguments[0]) / "scoring").touch()
+            time.sleep(0.5)
+            return plain(*of)
 
-        scoring.batches = slow
+        scoring.gather = slow
     sys.exit(run.main(arguments))

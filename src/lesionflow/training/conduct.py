@@ -30,7 +30,19 @@ from lesionflow.training import resume
 from lesionflow.training.scoring import Interrupted, any_rank, everyone
 from lesionflow.training.status import Progress, tell_joined, write_progress
 
-CURVE_COLUMNS = ("fold", "model", "epoch", "step", "lesions", "loss", "lr", "images_per_second", "pauc", "auc")
+CURVE_COLUMNS = (
+    "fold",
+    "model",
+    "epoch",
+    "step",
+    "lesions",
+    "loss",
+    "lr",
+    "images_per_second",
+    "pauc",
+    "auc",
+    "pauc_error",
+)
 
 Validate = Callable[[LesionModule], dict[str, float]]
 
@@ -113,6 +125,8 @@ class Conductor(L.Callback):
             self.out.mkdir(parents=True, exist_ok=True)
             self._writer = SummaryWriter(str(self.events), purge_step=module.step)
         self._started, self._first = time.monotonic(), module.step
+        self._saved_at, self._save_seconds = self._started, 0.0
+        self._per_epoch = module.sampler.steps_per_epoch
         self._every = 1 if trainer.strategy.root_device.type == "cpu" else 10  # A look at the loss waits for the GPU.
 
     def on_train_batch_end(
@@ -121,16 +135,17 @@ class Conductor(L.Callback):
         module = _lesion_module(pl_module)
         module.advance()
         self._losses.append(outputs["loss"].detach())
-        last = module.step == module.sampler.steps
-        epoch, within = divmod(module.step, module.sampler.steps_per_epoch)
-        if module.step % self._every and within and not last:
+        options, step = module.recipe.training, module.step
+        last = step == module.sampler.steps
+        boundary = last or self._is_time(step, options.checkpoint_every)
+        look = bool(options.validate_every) and (last or self._is_time(step, options.validate_every))
+        if not (boundary or look or step % self._every == 0):
             return
-        loss, stop = self._agree(trainer, module)
+        loss, stop, due = self._agree(trainer, module, boundary)
         figures: dict[str, float] = {}
-        options = module.recipe.training
-        if stop or (within == 0 and (epoch % options.checkpoint_every == 0 or last)):
+        if stop or last or due:
             self._save(trainer, module)
-        if not stop and options.validate_every and (last or (within == 0 and epoch % options.validate_every == 0)):
+        if look and not stop:
             try:
                 figures = self.validate(module)
             except Interrupted:
@@ -141,6 +156,10 @@ class Conductor(L.Callback):
             self.preempted = True
             trainer.should_stop = True
 
+    def _is_time(self, step: int, epochs: float) -> bool:
+        """Whether a step is the last of so many epochs."""
+        return step % max(1, round(epochs * self._per_epoch)) == 0
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self._writer.close()
@@ -149,7 +168,7 @@ class Conductor(L.Callback):
         """A checkpoint, on rank 0; one that can't be written leaves those before it, and training goes on."""
         if module.step == self.saved:
             return
-        failed = False
+        failed, began = False, time.monotonic()
         if trainer.is_global_zero:
             try:
                 resume.save(self.out, module, trainer.optimizers[0], self.identity)
@@ -161,23 +180,31 @@ class Conductor(L.Callback):
                 )  # fmt: skip
         if not any_rank(failed):
             self.saved = module.step
+        self._saved_at = time.monotonic()
+        self._save_seconds = self._saved_at - began
 
-    def _agree(self, trainer: L.Trainer, module: LesionModule) -> tuple[float, bool]:
-        """Mean loss since the last look, and whether any rank was asked to stop; the same on all ranks."""
+    def _agree(self, trainer: L.Trainer, module: LesionModule, boundary: bool) -> tuple[float, bool, bool]:
+        """Mean loss since the last look, whether any rank was asked to stop, and whether a checkpoint is due.
+
+        The same on all ranks. Of the clocks only rank 0's counts; at a `boundary` a checkpoint is due if it is cheap.
+        """
         losses = torch.stack(self._losses)
         loss = losses.mean()
         self._losses.clear()
-        shared = torch.stack([loss, loss.new_tensor(float(self.stop.asked))])
+        options, since = module.recipe.training, time.monotonic() - self._saved_at
+        cheap = self._save_seconds <= options.checkpoint_cost * since
+        wants = trainer.is_global_zero and ((boundary and cheap) or since >= 60 * options.checkpoint_minutes)
+        shared = torch.stack([loss, loss.new_tensor(float(self.stop.asked)), loss.new_tensor(float(wants))])
         if trainer.world_size > 1:
             dist.all_reduce(shared)
-        total, asked = shared.tolist()
+        total, asked, due = shared.tolist()
         if total != total or abs(total) == float("inf"):
             step, path = self._tell_batch(trainer, module, losses)
             raise UsageError(
                 f"fold {self.fold}: the loss is not finite at step {step}, see the batch's lesions in {path}; lower "
                 "optimizer.lr, raise optimizer.warmup or set optimizer.clip"
             )
-        return total / trainer.world_size, asked > 0
+        return total / trainer.world_size, asked > 0, due > 0
 
     def _tell_batch(self, trainer: L.Trainer, module: LesionModule, losses: torch.Tensor) -> tuple[int, Path]:
         """Write the lesions of the first step whose loss is not finite on any rank; returns that step and the file."""

@@ -36,6 +36,9 @@ GRACE_SECONDS = 60.0
 RENDEZVOUS_ATTEMPTS = 5
 """How often nodes that don't find each other try again before the job is given up."""
 
+AGENT = "lesionflow.training.agent"
+"""Module that runs torchrun."""
+
 _POLL_SECONDS = 0.2
 # What torchrun would read from the operator; children get it as options, and only once.
 _OPERATOR = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -43,6 +46,41 @@ _OPERATOR = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "
 
 class NotJoined(LesionflowError):
     """The nodes of a job didn't find each other."""
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """A job whose nodes may come and go while it trains, as far as torchrun's rendezvous lets them."""
+
+    least: int
+    endpoint: str
+    backend: str
+    id: str
+    settings: str
+    restarts: int
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Elastic | None:
+        """Read what the Training Operator sets for an `elasticPolicy`; None for a job of a fixed size."""
+        least, colon, _ = environment.get("PET_NNODES", "").partition(":")
+        if not colon or not (endpoint := environment.get("PET_RDZV_ENDPOINT")):
+            return None
+        return cls(
+            int(least),
+            endpoint,
+            environment.get("PET_RDZV_BACKEND", "c10d"),
+            environment.get("PET_RDZV_ID", "lesionflow"),
+            environment.get("PET_RDZV_CONF", ""),
+            int(environment.get("PET_MAX_RESTARTS", "100")),
+        )
+
+    def options(self, most: int) -> list[str]:
+        """Of torchrun."""
+        settings = [f"--rdzv-conf={self.settings}"] if self.settings else []
+        return [
+            f"--nnodes={self.least}:{most}", f"--rdzv-backend={self.backend}", f"--rdzv-endpoint={self.endpoint}",
+            f"--rdzv-id={self.id}", f"--max-restarts={self.restarts}", *settings,
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +93,8 @@ class Nodes:
     port: int = 29500
     operated: bool = False
     """An operator started this process: its output is the pod's log."""
+    elastic: Elastic | None = None
+    """Nodes may come and go; `count` is then how many there may be."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Nodes:
@@ -63,7 +103,8 @@ class Nodes:
         port = int(environment.get("PET_MASTER_PORT") or environment.get("MASTER_PORT") or 29500)
         if "PET_NNODES" in environment:
             count = int(environment["PET_NNODES"].partition(":")[2] or environment["PET_NNODES"])
-            return cls(count, int(environment.get("PET_NODE_RANK", "0")), address, port, True)
+            elastic = Elastic.from_environment(environment)
+            return cls(count, int(environment.get("PET_NODE_RANK", "0")), address, port, True, elastic)
         if "WORLD_SIZE" in environment and "TORCHELASTIC_RUN_ID" not in environment:
             # The Training Operator counts processes here once the job names their number per node.
             each = environment.get("PET_NPROC_PER_NODE", "1")
@@ -99,7 +140,8 @@ def train(
             for attempt in range(RENDEZVOUS_ATTEMPTS):
                 if stop_asked():
                     raise Preempted("stopped before training began; run again to go on")
-                peers = Peers(run, nodes.count, nodes.rank) if nodes.count > 1 else None
+                # Of an elastic job torchrun itself keeps track of who is there.
+                peers = Peers(run, nodes.count, nodes.rank) if nodes.count > 1 and not nodes.elastic else None
                 try:
                     run_children(
                         [command], run, folds, at_once=1, threads=threads, show=None if nodes.rank else show,
@@ -126,6 +168,10 @@ def train(
 
 
 def _gpus() -> int:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0  # Without a driver there is no GPU, and this process needs no torch to know.
     import torch
 
     return torch.cuda.device_count()
@@ -148,7 +194,9 @@ def _threads(processes: int) -> int:
 
 def _torchrun(worker: Sequence[str], processes: int, nodes: Nodes) -> list[str]:
     where = ["--standalone"]
-    if nodes.count > 1:
+    if nodes.elastic:
+        where = nodes.elastic.options(nodes.count)
+    elif nodes.count > 1:
         if not nodes.address:
             raise UsageError("several nodes, but neither MASTER_ADDR nor PET_MASTER_ADDR says where the first one is")
         where = [
@@ -157,7 +205,7 @@ def _torchrun(worker: Sequence[str], processes: int, nodes: Nodes) -> list[str]:
             f"--master-addr={nodes.address}",
             f"--master-port={nodes.port}",
         ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={processes}"]
+    launcher = [sys.executable, "-m", AGENT, *where, f"--nproc-per-node={processes}"]
     if nodes.operated and processes > 1:
         launcher += ["--tee=3", "--role=rank"]  # In a pod's log every line says whose it is: [rank0]: ...
     return [*launcher, "-m", "lesionflow.training.run", *worker]
@@ -255,8 +303,10 @@ def _die_with_parent() -> None:
 
 def _terminate(children: Sequence[subprocess.Popen[bytes]]) -> None:
     for child in children:
-        # torchrun itself would give its ranks 30 s; told directly, they take the time that a save needs.
-        ranks = _children(child.pid) if "torch.distributed.run" in str(child.args) else []
+        # torchrun itself would give its ranks 30 s; told directly, they take the time that a save needs. Where it may
+        # restart them it has to know that they were asked to leave.
+        command = str(child.args)
+        ranks = _children(child.pid) if AGENT in command and "--max-restarts" not in command else []
         for pid in ranks or [child.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)

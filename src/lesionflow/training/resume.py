@@ -32,8 +32,8 @@ _HEAD = len(_MAGIC) + 65
 logger = logging.getLogger(__name__)
 
 
-class _Damaged(Exception):
-    pass
+class Damaged(Exception):
+    """A checkpoint that can't be used, and why."""
 
 
 def save(folder: Path, module: LesionModule, optimizer: torch.optim.Optimizer, identity: str) -> Path:
@@ -78,8 +78,8 @@ def load(folder: Path, identity: str, *, anew: bool = False) -> dict[str, Any] |
     tell = logger.warning if os.environ.get("RANK", "0") == "0" else logger.debug  # Once, not by every rank.
     for path in (found := checkpoints(folder)):
         try:
-            state = _read(path)
-        except _Damaged as damage:
+            state = read(path)
+        except Damaged as damage:
             tell("%s: damaged (%s), passed over", path, damage)
             continue
         if state["identity"] == identity:
@@ -110,14 +110,15 @@ def restore(module: LesionModule, state: dict[str, Any]) -> None:
     module.step = int(state["step"])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint's content. Raises `Damaged`."""
     try:
         data = memoryview(path.read_bytes())
     except OSError as error:
-        raise _Damaged(error.strerror) from None
+        raise Damaged(error.strerror) from None
     if data[: len(_MAGIC)] != _MAGIC:
-        raise _Damaged("not a checkpoint")
+        raise Damaged("not a checkpoint")
     if data[len(_MAGIC) : _HEAD].tobytes() != hashlib.sha256(data[_HEAD:]).hexdigest().encode() + b"\n":
-        raise _Damaged("its checksum is another one")
+        raise Damaged("its checksum is another one")
     state: dict[str, Any] = torch.load(io.BytesIO(data[_HEAD:]), map_location="cpu", weights_only=True)
     return state

@@ -39,7 +39,6 @@ from lesionflow.data.pixelcache import PixelCache, obtain
 from lesionflow.data.sampler import Sampler
 from lesionflow.data.store import Store
 from lesionflow.errors import DataError, LesionflowError, Preempted, UsageError
-from lesionflow.evaluation.metrics import auc, pauc
 from lesionflow.keys import atomic, fold_identity, model_identity, planned_keys
 from lesionflow.models.image import LesionModule, preprocess_spec
 from lesionflow.recipe import Recipe
@@ -56,6 +55,7 @@ from lesionflow.training.scoring import (
     weights_identity,
 )
 from lesionflow.training.status import OPERATED, Progress, report
+from lesionflow.training.validation import sample
 
 Show = Callable[[Progress], None]
 
@@ -209,13 +209,14 @@ def _train_model(fold: _Fold, model: int) -> Path:
     if state is not None:
         resume.restore(module, state)
 
+    looked_at = sample(fold.held_out, store.targets[fold.held_out], options.validate_lesions, seed)
+
     def validate(module: LesionModule) -> dict[str, float]:
         try:
-            logits = score(module.final, store, fold.held_out, spec, options.tta, fold.cache, lambda: fold.stop.asked)
+            logits = score(module.final, store, looked_at.rows, spec, options.tta, fold.cache, lambda: fold.stop.asked)
         finally:
             module.train()
-        targets = store.targets[fold.held_out]
-        return {"pauc": pauc(targets, logits), "auc": auc(targets, logits)}
+        return looked_at.figures(logits)
 
     conductor = Conductor(
         out,

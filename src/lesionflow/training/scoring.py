@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lesionflow.data.augment import normalise
-from lesionflow.data.datamodule import batches
+from lesionflow.data.datamodule import gather
 from lesionflow.data.images import PreprocessSpec
 from lesionflow.data.pixelcache import PixelCache
 from lesionflow.data.store import Store
@@ -103,6 +102,9 @@ def score(
 ) -> NDArray[np.float64]:
     """Logits of store rows, float64 [len(rows)], in order; the ranks share the work and all get the result.
 
+    Whole batches are dealt out, the same ones whatever the number of ranks: the last bit of a logit can depend on
+    what is computed beside it.
+
     `asked` says whether this process was told to stop: if any was, all ranks raise `Interrupted` after a batch.
 
     In whole float32 on a GPU too (no TF32): thresholds are chosen on these, and the exported graph must agree.
@@ -110,24 +112,25 @@ def score(
     network.eval()
     where = next(network.parameters()).device
     world = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_initialized() else 1
-    mine = rows[rank() :: world] if world > 1 else rows
-    parts = []
+    starts = range(0, len(rows), BATCH)
+    common = len(starts) // world  # Batches that every rank has.
+    own: dict[int, NDArray[np.float32]] = {}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        common = math.ceil(len(rows) // world / BATCH)  # Batches that every rank has.
-        for number, images in enumerate(batches(store, mine, spec, BATCH, cache)):
+        for number, start in enumerate(starts[rank() :: world] if world > 1 else starts):
             if asked is not None and number < common and _any(asked(), where):
                 raise Interrupted
+            images = torch.from_numpy(gather(store, rows[start : start + BATCH], spec, cache))
             x = normalise(images.to(where), spec).contiguous(memory_format=torch.channels_last)
             views = [x, x.flip(3), x.flip(2), x.flip((2, 3))] if tta == "flips" else [x]
-            parts.append(torch.stack([network(v)[:, 0].float() for v in views]).mean(0).cpu())
-    own = torch.cat(parts).double().numpy() if parts else np.zeros(0)
-    if world == 1:
-        return own
-    gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, own)
+            own[start] = torch.stack([network(v)[:, 0].float() for v in views]).mean(0).cpu().numpy()
+    gathered: list[Any] = [own]
+    if world > 1:
+        gathered *= world
+        dist.all_gather_object(gathered, own)
     logits = np.empty(len(rows))
-    for owner, part in enumerate(gathered):
-        logits[owner::world] = part
+    for part in gathered:
+        for start, values in part.items():
+            logits[start : start + len(values)] = values
     return logits
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,13 +33,35 @@ class Outcome:
     message: str = ""
 
 
+_KILLED = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 def report(code: int, message: str = "") -> None:
     """Leave this process's outcome for the parent, if one asked for it."""
+    report_as(os.environ.get("RANK", "0"), Outcome(code, message))
+
+
+def report_as(name: str, outcome: Outcome) -> None:
+    """Leave an outcome under a name of its own."""
     if directory := os.environ.get(VARIABLE):
-        rank = os.environ.get("RANK", "0")
         # A full disk must not hide the real reason, which goes to stderr as well.
         with contextlib.suppress(OSError):
-            write_json(Path(directory) / f"{rank}.json", {**asdict(Outcome(code, message)), "time": time.time()})
+            write_json(Path(directory) / f"{name}.json", {**asdict(outcome), "time": time.time()})
+
+
+def ended_by_signal(code: int, who: str) -> Outcome | None:
+    """What a process that a signal ended has to say, by its exit code as `subprocess` has it; None if none did.
+
+    Killed from outside is a preemption: it can be started again. A crash is a bug, and would come back.
+    """
+    if code >= 0:
+        return None
+    name = signal.Signals(-code).name
+    if -code in _KILLED:
+        return Outcome(
+            143, f"{who} was killed ({name}; is memory short?): start again to go on from the last checkpoint"
+        )
+    return Outcome(1, f"{who} crashed ({name})")
 
 
 def tell_joined() -> None:
@@ -53,7 +76,10 @@ def collect(directory: Path, exit_code: int) -> Outcome:
 
     The first rank that failed by itself decides; ranks that were then told to stop say 143, which
     counts only where nobody failed. Without any report the launcher's own code stands (0, or 1: a bug).
+    Where it is 0 all is done: ranks of an elastic job that were restarted before may have said something else.
     """
+    if exit_code == 0:
+        return Outcome(0)
     reports = []
     for path in directory.glob("*.json"):
         with contextlib.suppress(OSError, json.JSONDecodeError):
@@ -62,7 +88,7 @@ def collect(directory: Path, exit_code: int) -> Outcome:
     preempted = [r for r in reports if r["code"] == 143]
     for chosen in (*failed, *preempted):
         return Outcome(chosen["code"], chosen["message"])
-    return Outcome(exit_code)
+    return ended_by_signal(exit_code, "training") or Outcome(exit_code)
 
 
 @dataclass(frozen=True)

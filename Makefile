@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 AUDIT := .venv-audit
 DEMO := demo
 
-.PHONY: help install demo test browser test-slow hostile lint bench docs clean lock sbom audit
+.PHONY: help install demo test browser test-slow faults hostile lint bench docs clean lock sbom audit
 
 help:  ## list the tasks
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ browser: install  ## Chromium (apt) and axe-core (npm) for the tests of pages, a
 
 test-slow: install  ## the proofs that take longer
 	$(BIN)/python -m pytest -m slow
+
+faults: install  ## 300 faults planted in trainings of two processes (SEED=1; about an hour and a half on 2 cores)
+	$(BIN)/python tests/training/faults.py --count 300 --seed $(or $(SEED),1)
 
 hostile: install  ## 100,000 hostile requests at a service of BUNDLE (the demo's, unless named)
 	$(BIN)/python tests/serving/hostile.py $(or $(BUNDLE),$(DEMO)/run/bundle) --count 100000

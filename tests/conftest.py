@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory, synthetic: Path, tiny_rec
     run = tmp_path_factory.mktemp("finished") / "run"
     steps.run_all(tiny_recipe, synthetic, run)
     return run
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """Ask for a port of this machine that nothing listens on just now."""
+
+    def ask() -> int:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            return int(listener.getsockname()[1])
+
+    return ask
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
-from test_launch import free_port
 
 from lesionflow.recipe import Recipe
 from lesionflow.training.launch import Elastic, Nodes, _torchrun
@@ -49,7 +49,9 @@ def steps_told(run: Path) -> list[int]:
         return [int(row["step"]) for row in csv.DictReader(file)]
 
 
-def test_a_node_that_leaves_is_done_without_and_one_that_comes_is_taken_in(run: Path) -> None:
+def test_a_node_that_leaves_is_done_without_and_one_that_comes_is_taken_in(
+    run: Path, free_port: Callable[[], int]
+) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     policy = {
         "PET_NNODES": "1:2", "PET_RDZV_ENDPOINT": endpoint, "PET_MAX_RESTARTS": "20", "OMP_NUM_THREADS": "1",

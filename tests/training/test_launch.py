@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -196,7 +197,9 @@ def test_a_node_of_a_job_begins_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_node_that_waits_for_the_others_stops_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_waits_for_the_others_stops_at_once(
+    run: Path, monkeypatch: pytest.MonkeyPatch, free_port: Callable[[], int]
+) -> None:
     """A pod that is deleted before its job is complete: 143, and not after torchrun's patience."""
     for name, value in {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
@@ -231,11 +234,3 @@ def test_what_another_recipe_left_half_trained_is_refused_or_started_anew(run: P
     weights = folder / "weights.safetensors"
     assert weights.exists() and not path.exists()
     assert weights.stat().st_mode & 0o777 == 0o644, "pods of other users read it"
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -6,6 +6,7 @@ import csv
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,12 +50,13 @@ def steps_told(run: Path) -> list[int]:
         return [int(row["step"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_a_node_that_leaves_is_done_without_and_one_that_comes_is_taken_in(
     run: Path, free_port: Callable[[], int]
 ) -> None:
-    endpoint = f"127.0.0.1:{free_port()}"
+    port = free_port()
     policy = {
-        "PET_NNODES": "1:2", "PET_RDZV_ENDPOINT": endpoint, "PET_MAX_RESTARTS": "20", "OMP_NUM_THREADS": "1",
+        "PET_NNODES": "1:2", "PET_RDZV_ENDPOINT": f"127.0.0.1:{port}", "PET_MAX_RESTARTS": "20", "OMP_NUM_THREADS": "1",
         "PET_RDZV_CONF": "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3",
     }  # fmt: skip
 
@@ -65,10 +67,17 @@ def test_a_node_that_leaves_is_done_without_and_one_that_comes_is_taken_in(
     def until(steps: int) -> None:
         deadline = time.monotonic() + 120
         while len(steps_told(run)) < steps:
-            assert first.poll() is None and time.monotonic() < deadline
+            if first.poll() is not None:
+                pytest.fail(first.communicate()[1])
+            assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    first, second = node(), node()
+    first = node()  # Whoever comes first keeps the meeting place, and has to stay.
+    deadline = time.monotonic() + 60
+    while socket.socket().connect_ex(("127.0.0.1", port)):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    second = node()
     until(5)
     second.send_signal(signal.SIGTERM)
     _, errors = second.communicate(timeout=60)

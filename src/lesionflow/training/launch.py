@@ -252,7 +252,7 @@ def run_children(
                 end([child for child, _ in running.values()])
             for number, (child, slot) in list(running.items()):
                 if (code := child.poll()) is not None:
-                    outcomes[number] = status.collect(Path(scratch) / str(number), code)
+                    outcomes[number] = status.collect(Path(scratch) / str(number), code, told=stopping)
                     del running[number]
                     free.append(slot)
             _show(run, folds, show)
@@ -276,8 +276,12 @@ def _start(
     status_dir.mkdir()
     environment = {k: v for k, v in os.environ.items() if k not in _OPERATOR and not k.startswith("PET_")}
     environment |= {status.VARIABLE: str(status_dir), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    if Nodes.from_environment(os.environ).operated:
+    nodes = Nodes.from_environment(os.environ)
+    if nodes.operated:
         environment[status.OPERATED] = "1"
+    if nodes.elastic:
+        # Sharing its store, torchrun 2.15 tells a node that comes later no address, and both wait for ever.
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if gpu is not None:
         # Only some of the machine's GPUs may be ours: the children share what this process sees.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -377,7 +381,7 @@ def _raise_outcome(
         error = from_exit_code(outcome.code, outcome.message)
         if outcome.message and type(error) is not LesionflowError:
             raise error
-    saved = [o.message for o in outcomes.values() if o.code == Preempted.exit_code]
+    saved = [o.message for o in outcomes.values() if o.code == Preempted.exit_code and o.message]
     if interrupted:
         raise Preempted(saved[0] if saved else "stopped before training began; run again to go on")
     for number, outcome in failed.items():

@@ -71,8 +71,8 @@ def tell_joined() -> None:
             (Path(directory) / JOINED).touch()
 
 
-def collect(directory: Path, exit_code: int) -> Outcome:
-    """The outcome of a group of processes whose launcher ended with `exit_code`.
+def collect(directory: Path, exit_code: int, *, told: bool = False) -> Outcome:
+    """The outcome of a group of processes whose launcher ended with `exit_code`, perhaps because it was `told` to.
 
     The first rank that failed by itself decides; ranks that were then told to stop say 143, which
     counts only where nobody failed. Without any report the launcher's own code stands (0, or 1: a bug).
@@ -88,6 +88,8 @@ def collect(directory: Path, exit_code: int) -> Outcome:
     preempted = [r for r in reports if r["code"] == 143]
     for chosen in (*failed, *preempted):
         return Outcome(chosen["code"], chosen["message"])
+    if told and exit_code < 0:
+        return Outcome(143)
     return ended_by_signal(exit_code, "training") or Outcome(exit_code)
 
 

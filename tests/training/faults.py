@@ -35,7 +35,7 @@ from lesionflow.recipe import Recipe
 from lesionflow.training import resume
 
 TOY = [
-    "sampling.negatives=1", "training.batch_size=8", "training.epochs=40", "training.checkpoint_every=2",
+    "sampling.negatives=1", "training.batch_size=8", "training.epochs=20", "training.checkpoint_every=1",
     "training.checkpoint_cost=1",
     "training.validate_every=0", "training.precision=fp32", "image.size=32", "model.weights=none", "folds.holdout=0",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from lesionflow.data.folds import Folds
 from lesionflow.data.sampler import Sampler
 from lesionflow.data.store import Store
 from lesionflow.errors import UsageError
+from lesionflow.evaluation.metrics import pauc
 from lesionflow.keys import file_hash
 from lesionflow.recipe import Recipe
 from lesionflow.training import launch, resume
@@ -132,6 +133,20 @@ def test_two_processes_train_on_the_global_order_of_one_and_score_bit_for_bit_as
         (run / "fold-0" / f"{name}.parquet").unlink()
     assert work(run).wait(120) == 0
     assert pl.read_parquet(run / "fold-0" / "oof.parquet").equals(oof), "the same weights, scored by one process"
+
+
+def test_without_batch_normalisation_two_processes_end_where_one_does(run: Path) -> None:
+    recipe = Recipe.load(run / "recipe.toml", ["model.backbone=test_convnext", "training.epochs=4"])
+    (run / "recipe.toml").write_text(recipe.to_toml())
+    both = Path(shutil.copytree(run, run.with_name("both")))
+    assert work(run).wait(120) == 0
+    launch.run_children([torchrun(both, 2)], both, [0], at_once=1, threads=1)
+    one, two = (pl.read_parquet(path / "fold-0" / "oof.parquet") for path in (run, both))
+    off = np.abs(one["logit"].to_numpy() - two["logit"].to_numpy())
+    print(f"logits differ by {off.max():.1e}")
+    assert 0 < off.max() < 1e-5, "rounding alone"
+    figures = [pauc(part["target"].to_numpy(), part["logit"].to_numpy()) for part in (one, two)]
+    assert figures[0] == pytest.approx(figures[1], abs=1e-3)
 
 
 def test_each_drawn_lesion_is_shown_once_though_the_number_of_processes_changes(run: Path) -> None:

@@ -75,16 +75,16 @@ def test_loader_workers_give_the_bytes_of_decoding(store: Store, workers: int, s
     cache = pixelcache.build(store, SPEC)
     expected, steps = decoded(store), steps_of(store)
     loader = DataLoader(
-        Lesions(store, SPEC, cache), batch_sampler=steps, collate_fn=as_it_is, num_workers=workers,
+        Lesions(store, SPEC, cache), sampler=steps, batch_size=None, collate_fn=as_it_is, num_workers=workers,
         multiprocessing_context=start,
     )  # fmt: skip
     seen = 0
     for batch, drawn in zip(loader, steps, strict=True):
-        rows = [d.row for d in drawn]
+        rows = drawn.rows.tolist()
         assert batch.row.tolist() == rows
         assert batch.image.numpy().tobytes() == expected[rows].tobytes()
         assert batch.target.tolist() == store.targets[rows].tolist()
-        assert np.array_equal(batch.randoms.numpy(), np.stack([d.randoms for d in drawn]))
+        assert np.array_equal(batch.randoms.numpy(), drawn.randoms)
         seen += len(rows)
     assert seen >= 100
 

@@ -23,7 +23,7 @@ def test_ranks_together_show_every_drawn_lesion_once(kind: str, world: int) -> N
     sampler = make(kind)
     for epoch in range(3):
         steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
-        shown = [d.row for step in steps for rank in range(world) for d in sampler.batch(step, rank, world)]
+        shown = [r for step in steps for rank in range(world) for r in sampler.batch(step, rank, world).rows.tolist()]
         assert sorted(shown) == sorted(sampler.order(epoch).tolist())
         assert len(set(shown)) == len(shown)
 
@@ -33,9 +33,20 @@ def test_two_processes_make_the_batches_of_one_with_the_same_randoms() -> None:
     for step in (0, 7, sampler.steps - 1):
         whole = sampler.batch(step)
         halves = [other.batch(step, rank, 2) for rank in range(2)]
-        woven = [halves[i % 2][i // 2] for i in range(len(whole))]
-        assert [d.row for d in woven] == [d.row for d in whole]
-        assert all(np.array_equal(a.randoms, b.randoms) for a, b in zip(woven, whole, strict=True))
+        for rank, half in enumerate(halves):
+            assert np.array_equal(half.rows, whole.rows[rank::2])
+            assert np.array_equal(half.randoms, whole.randoms[rank::2])
+        assert len(halves[0]) + len(halves[1]) == len(whole)
+
+
+def test_changing_a_batch_changes_no_order() -> None:
+    sampler = make()
+    for world in (1, 2):
+        first = sampler.batch(3, 0, world)
+        before = first.rows.copy(), first.randoms.copy()
+        first.rows[:], first.randoms[:] = 0, 0
+        again = sampler.batch(3, 0, world)
+        assert np.array_equal(again.rows, before[0]) and np.array_equal(again.randoms, before[1])
 
 
 def test_balanced_epochs_hold_all_malignant_and_walk_through_the_negatives() -> None:
@@ -73,7 +84,7 @@ def test_no_step_is_much_smaller_than_the_others(n: int, batch: int) -> None:
 
 def test_a_resumed_sampler_goes_on_where_it_was() -> None:
     sampler = make()
-    whole = [[d.row for d in batch] for batch in StepSampler(sampler, 0, 1, 2)]
+    whole = [draws.rows.tolist() for draws in StepSampler(sampler, 0, 1, 2)]
     rest = StepSampler(sampler, 11, 1, 2)
     assert len(rest) == sampler.steps - 11
-    assert [[d.row for d in batch] for batch in rest] == whole[11:]
+    assert [draws.rows.tolist() for draws in rest] == whole[11:]

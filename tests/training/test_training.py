@@ -96,7 +96,7 @@ def test_a_killed_training_resumes_to_the_same_weights(run: Path, uninterrupted:
     assert work(run).wait(120) == 0
     assert file_hash(run / "fold-0" / "model-0" / "weights.safetensors") == uninterrupted
     sampler = sampler_of(run)
-    assert shown(run) == {step: [d.row for d in sampler.batch(step)] for step in range(sampler.steps)}
+    assert shown(run) == {step: sampler.batch(step).rows.tolist() for step in range(sampler.steps)}
 
 
 def test_a_stopped_training_saves_mid_epoch_and_goes_on_there(run: Path, uninterrupted: str) -> None:
@@ -121,7 +121,7 @@ def test_two_processes_train_on_the_global_order_of_one_and_score_bit_for_bit_as
     launch.run_children([torchrun(run, 2)], run, [0], at_once=1, threads=1)
     sampler, ranks = sampler_of(run), [shown(run, 0), shown(run, 1)]
     for step in range(sampler.steps):
-        whole = [d.row for d in sampler.batch(step)]
+        whole = sampler.batch(step).rows.tolist()
         assert ranks[0][step] == whole[0::2]
         assert ranks[1][step] == whole[1::2]
     oof = pl.read_parquet(run / "fold-0" / "oof.parquet")
@@ -235,7 +235,7 @@ def test_a_loss_that_is_no_number_ends_training_and_names_the_lesions(run: Path,
         launch.run_children([[*command, str(run), "--folds", "0", "nan=17"]], run, [0], at_once=1, threads=1)
     told = json.loads((run / "fold-0" / "model-0" / "not-finite.json").read_text())
     ids = Store.open(run / "store").ids
-    assert told == {"fold": 0, "model": 0, "step": 18, "isic_ids": [ids[d.row] for d in sampler_of(run).batch(17)]}
+    assert told == {"fold": 0, "model": 0, "step": 18, "isic_ids": [ids[row] for row in sampler_of(run).batch(17).rows]}
     assert not (run / "fold-0" / "model-0" / "weights.safetensors").exists()
 
 

@@ -1,7 +1,7 @@
 """Random changes to a batch of training images, on the device the batch is on.
 
 All randomness comes in as numbers drawn with the lesion's place in the global order
-(`data.sampler.Draw`), so a lesion is changed the same way on one process or on many.
+(`data.sampler.Draws`), so a lesion is changed the same way on one process or on many.
 Colour changes and normalisation are one 3x3 matrix and one offset per image.
 """
 

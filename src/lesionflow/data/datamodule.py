@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lesionflow.data.diagnosis import UNKNOWN
 from lesionflow.data.images import Pixels, PreprocessSpec
 from lesionflow.data.pixelcache import PixelCache, pixels
-from lesionflow.data.sampler import Draw, Sampler, StepSampler
+from lesionflow.data.sampler import Draws, Sampler, StepSampler
 from lesionflow.data.store import Store
 
 __all__ = ["Batch", "LesionData", "Lesions", "as_it_is", "batches", "gather", "pixels"]
@@ -59,16 +59,13 @@ class Lesions(Dataset[Batch]):
     ) -> None:
         self.store, self.spec, self.cache, self.kinds = store, spec, cache, kinds
 
-    def __getitem__(self, draw: Draw) -> Batch:
-        return self.__getitems__([draw])
-
-    def __getitems__(self, drawn: Sequence[Draw]) -> Batch:
-        """What a loader asks for: all of a batch at once, so that no lesion is copied twice."""
-        rows = np.array([d.row for d in drawn], np.int64)
+    def __getitem__(self, draws: Draws) -> Batch:
+        """All of a batch at once, so that no lesion is copied twice."""
+        rows = draws.rows
         return Batch(
             torch.from_numpy(gather(self.store, rows, self.spec, self.cache)),
             torch.from_numpy(self.store.targets[rows].astype(np.float32)),
-            torch.from_numpy(np.stack([d.randoms for d in drawn])),
+            torch.from_numpy(draws.randoms),
             torch.from_numpy(rows),
             torch.from_numpy(np.full(len(rows), UNKNOWN) if self.kinds is None else self.kinds[rows]),
         )
@@ -127,7 +124,8 @@ class LesionData(L.LightningDataModule):
         steps = StepSampler(self.sampler, self.start, trainer.global_rank, trainer.world_size)
         return DataLoader(
             self.lesions,
-            batch_sampler=steps,
+            sampler=steps,
+            batch_size=None,  # An item is a batch.
             collate_fn=as_it_is,
             num_workers=self.workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",

@@ -21,13 +21,16 @@ DRAWS = 10
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One lesion drawn for one step."""
+class Draws:
+    """The lesions drawn for one step, or one rank's part of them."""
 
-    row: int
-    """Row of the store."""
+    rows: NDArray[np.int64]
+    """Rows of the store, int64 [b]."""
     randoms: NDArray[np.float32]
-    """Uniform in [0, 1), float32 [DRAWS]; they belong to the place in the global order, whoever draws it."""
+    """Uniform in [0, 1), float32 [b, DRAWS]; they belong to the place in the global order, whoever draws it."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 class Sampler:
@@ -89,12 +92,12 @@ class Sampler:
         # Near-equal parts instead of a small last one, which would be noisy and could starve a rank.
         return np.array_split(order, self.steps_per_epoch), np.array_split(randoms, self.steps_per_epoch)
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> list[Draw]:
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Draws:
         """What rank `rank` of `world` shows at a global step; the ranks' slices together are the batch."""
         epoch, at = divmod(step, self.steps_per_epoch)
         orders, randoms = self._epoch(epoch)
-        mine = slice(rank, None, world)
-        return [Draw(int(r), u) for r, u in zip(orders[at][mine], randoms[at][mine], strict=True)]
+        # Copies: nothing that is done to a batch may reach the epoch's order, which is kept.
+        return Draws(orders[at][rank::world].copy(), randoms[at][rank::world].copy())
 
     def batch_size(self, step: int) -> int:
         """Lesions of a global step over all ranks."""
@@ -103,7 +106,7 @@ class Sampler:
 
 
 class StepSampler:
-    """The batches of one rank from step `start` to the end; what a DataLoader takes as `batch_sampler`."""
+    """The batches of one rank from step `start` to the end; what a DataLoader takes as `sampler`."""
 
     def __init__(self, sampler: Sampler, start: int, rank: int, world: int) -> None:
         self._sampler, self._start, self._rank, self._world = sampler, start, rank, world
@@ -111,6 +114,6 @@ class StepSampler:
     def __len__(self) -> int:
         return self._sampler.steps - self._start
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[Draws]:
         for step in range(self._start, self._sampler.steps):
             yield self._sampler.batch(step, self._rank, self._world)

@@ -212,7 +212,7 @@ class Conductor(L.Callback):
         step = module.step - len(losses) + min(everyone(min(bad, default=len(losses) - 1)))
         path = self.out / "not-finite.json"
         if trainer.is_global_zero:
-            lesions = [self.names[draw.row] for draw in module.sampler.batch(step)]
+            lesions = [self.names[row] for row in module.sampler.batch(step).rows]
             write_json(path, {"fold": self.fold, "model": self.model, "step": step + 1, "isic_ids": lesions})
         return step + 1, path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,14 @@ class Batch:
     def pin_memory(self) -> Batch:
         return Batch(*(t.pin_memory() for t in self._tensors()))
 
+    def __getstate__(self) -> tuple[Tensor | NDArray[Any], ...]:
+        # On the way out of a loader's worker a tensor costs a file and a message of its own: only pixels are worth it.
+        image, *small = self._tensors()
+        return image, *(t.numpy() for t in small)
+
+    def __setstate__(self, state: tuple[Tensor | NDArray[Any], ...]) -> None:
+        self.image, self.target, self.randoms, self.row, self.kind = map(torch.as_tensor, state)
+
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.image, self.target, self.randoms, self.row, self.kind
 
@@ -78,13 +87,24 @@ def as_it_is(batch: Any) -> Any:
 
 def gather(store: Store, rows: NDArray[np.int64], spec: PreprocessSpec, cache: PixelCache | None = None) -> Pixels:
     """Rows, int64 [b], as one array uint8 [b, S, S, 3]; raises `DataError` naming a lesion that can't be decoded."""
-    batch = np.empty((len(rows), spec.size, spec.size, 3), np.uint8)
+    batch = _room(len(rows), spec.size)
     if cache is not None:
         cache.take(rows, batch)
         return batch
     for at, row in enumerate(rows.tolist()):
         batch[at] = pixels(store, row, spec)
     return batch
+
+
+def _room(count: int, size: int) -> Pixels:
+    """Memory for a batch, uint8 [count, size, size, 3], that begins where a page does, as the cache does.
+
+    Memory of this size usually begins 16 bytes later, and copying to there takes some processors twice the time.
+    """
+    length = count * size**2 * 3
+    whole = np.empty(length + mmap.PAGESIZE, np.uint8)
+    start = -whole.ctypes.data % mmap.PAGESIZE
+    return whole[start : start + length].reshape(count, size, size, 3)
 
 
 def batches(

@@ -11,7 +11,9 @@ processes at once; workers that unpickle one map the same file again.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -64,11 +66,11 @@ class Store:
             raise DataError(f"{file}: can't be read ({error}); prepare the store again") from None
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         images = [batch.column("image") for batch in batches]
-        self._starts = np.cumsum([0] + [len(column) for column in images])
+        self._starts = [0, *itertools.accumulate(map(len, images))]
         # Offsets and bytes of each batch, viewed in place: reading an image is one slice of the map.
         self._offsets = [np.frombuffer(c.buffers()[1], np.int64)[c.offset : c.offset + len(c) + 1] for c in images]
         self._bytes = [memoryview(c.buffers()[2] or b"") for c in images]
-        if (total := int(self._starts[-1])) != self.info["lesions"]:
+        if (total := self._starts[-1]) != self.info["lesions"]:
             raise DataError(f"{file}: {total} rows, store.json says {self.info['lesions']}; prepare the store again")
         self._metadata = pa.Table.from_batches(batches, reader.schema).drop_columns("image")
 
@@ -79,7 +81,7 @@ class Store:
         self.__init__(state["path"])  # type: ignore[misc]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @cached_property
     def table(self) -> pl.DataFrame:
@@ -111,9 +113,9 @@ class Store:
 
     def jpeg(self, row: int) -> bytes:
         """The encoded image of one row."""
-        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
-        start, end = self._offsets[batch][row - self._starts[batch] :][:2]
-        return bytes(self._bytes[batch][start:end])
+        batch = bisect.bisect_right(self._starts, row) - 1
+        at, offsets = row - self._starts[batch], self._offsets[batch]
+        return bytes(self._bytes[batch][offsets[at] : offsets[at + 1]])
 
 
 def prepare(

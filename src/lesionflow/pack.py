@@ -31,7 +31,7 @@ def pack(run: Path) -> None:
     """Write `bundle/`. Raises `GateRefused` if the exported graph doesn't say what was evaluated."""
     import numpy as np
 
-    from lesionflow.data.datamodule import pixels
+    from lesionflow.data.lesions import pixels
     from lesionflow.export.onnx import export_bundle
     from lesionflow.models.image import Members, preprocess_spec
     from lesionflow.serving.visit import FOLDER

@@ -39,6 +39,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
         "data/augment.py",
         "data/diagnosis.py",
         "data/datamodule.py",
+        "data/lesions.py",
         "data/pixelcache.py",
         "models/image.py",
         "training",

@@ -16,12 +16,13 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, StackDataset
 
 from lesionflow import plan
 from lesionflow.data import pixelcache
-from lesionflow.data.datamodule import Lesions, as_it_is, batches
+from lesionflow.data.diagnosis import UNKNOWN
 from lesionflow.data.images import PreprocessSpec
+from lesionflow.data.lesions import Lesions, as_it_is, batches
 from lesionflow.data.sampler import Sampler, StepSampler
 from lesionflow.data.store import Store, prepare
 from lesionflow.errors import DataError, Preempted
@@ -69,24 +70,39 @@ def test_the_cache_is_what_decoding_gives(store: Store, processes: int) -> None:
     )
 
 
+def loader_of(store: Store, workers: int, start: str | None) -> DataLoader:
+    """Batches decoded and from the cache, side by side from the same workers."""
+    cache = pixelcache.build(store, SPEC)
+    # Opened anew: nothing has been read that a forked worker would have to ask the parent's threads for.
+    new = Store.open(store.path)
+    both = StackDataset(decoded=Lesions(new, SPEC), cached=Lesions(new, SPEC, cache))
+    return DataLoader(
+        both, sampler=steps_of(store), batch_size=None, collate_fn=as_it_is, num_workers=workers,
+        multiprocessing_context=start, timeout=60 if workers else 0,
+    )  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("workers", "start"), [(0, None), (2, "fork"), (2, "spawn"), (8, "fork"), (8, "spawn")])
-def test_loader_workers_give_the_bytes_of_decoding(store: Store, workers: int, start: str | None) -> None:
-    cache = pixelcache.build(store, SPEC)
-    expected, steps = decoded(store), steps_of(store)
-    loader = DataLoader(
-        Lesions(store, SPEC, cache), sampler=steps, batch_size=None, collate_fn=as_it_is, num_workers=workers,
-        multiprocessing_context=start,
-    )  # fmt: skip
-    seen = 0
-    for batch, drawn in zip(loader, steps, strict=True):
-        rows = drawn.rows.tolist()
-        assert batch.row.tolist() == rows
-        assert batch.image.numpy().tobytes() == expected[rows].tobytes()
-        assert batch.target.tolist() == store.targets[rows].tolist()
-        assert np.array_equal(batch.randoms.numpy(), drawn.randoms)
-        seen += len(rows)
+def test_batches_are_the_same_whatever_the_workers(store: Store, workers: int, start: str | None) -> None:
+    expected, seen = decoded(store), 0
+    for batch, drawn in zip(loader_of(store, workers, start), steps_of(store), strict=True):
+        for found in (batch["decoded"], batch["cached"]):
+            assert found.image.numpy().tobytes() == expected[drawn.rows].tobytes()
+            assert found.row.tolist() == drawn.rows.tolist()
+            assert found.target.tolist() == store.targets[drawn.rows].tolist()
+            assert torch.equal(found.randoms, torch.from_numpy(drawn.randoms))
+            assert (found.kind == UNKNOWN).all()
+        seen += len(drawn)
     assert seen >= 100
+
+
+def test_a_killed_worker_is_an_error_and_no_hang(store: Store) -> None:
+    batches = iter(loader_of(store, 2, "fork"))
+    next(batches)
+    os.kill(batches._workers[1].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed by signal|exited unexpectedly)"):
+        list(batches)
 
 
 def test_a_cache_is_of_one_store_and_spec_and_damage_is_not_served(store: Store) -> None:

@@ -112,7 +112,7 @@ def test_the_average_follows_but_is_never_trained() -> None:
 
 
 def test_kinds_of_diagnosis_are_learned_by_a_head_that_is_never_exported() -> None:
-    from lesionflow.data.datamodule import Batch
+    from lesionflow.data.lesions import Batch
     from lesionflow.data.sampler import DRAWS
 
     taught = module(kinds=3, auxiliary=0.5)

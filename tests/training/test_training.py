@@ -168,7 +168,7 @@ def test_each_drawn_lesion_is_shown_once_though_the_number_of_processes_changes(
             (run / f"trace-{rank}.csv").unlink()
     assert sorted(seen) == list(range(sampler.steps))
     for step, rows in seen.items():
-        assert sorted(rows) == sorted(d.row for d in sampler.batch(step))
+        assert sorted(rows) == sorted(sampler.batch(step).rows.tolist())
 
 
 def test_one_rank_told_to_stop_stops_both_after_a_save(run: Path, tmp_path: Path) -> None:

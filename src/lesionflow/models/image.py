@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lesionflow.data.augment import augment
-from lesionflow.data.datamodule import Batch
 from lesionflow.data.diagnosis import UNKNOWN
 from lesionflow.data.images import PreprocessSpec
+from lesionflow.data.lesions import Batch
 from lesionflow.data.sampler import Sampler
 from lesionflow.errors import UsageError
 from lesionflow.recipe import Model, Recipe

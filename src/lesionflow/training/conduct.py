@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from lesionflow.data.datamodule import Batch
+from lesionflow.data.lesions import Batch
 from lesionflow.errors import Preempted, UsageError
 from lesionflow.keys import write_json
 from lesionflow.models.image import LesionModule

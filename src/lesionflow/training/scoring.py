@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lesionflow.data.augment import normalise
-from lesionflow.data.datamodule import gather
 from lesionflow.data.images import PreprocessSpec
+from lesionflow.data.lesions import gather
 from lesionflow.data.pixelcache import PixelCache
 from lesionflow.data.store import Store
 from lesionflow.errors import DataError

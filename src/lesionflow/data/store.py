@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lesionflow.data import schema
 from lesionflow.data.images import decode, inspect
+from lesionflow.data.mapped import Blobs, Mapped, Texts
 from lesionflow.data.source import Source, open_source
 from lesionflow.errors import DataError, ImageError
 from lesionflow.keys import atomic, write_json
@@ -40,7 +42,8 @@ class Store:
     """Random access to the lesions of a prepared data set.
 
     `table` is the metadata (polars, N rows), `targets` int8 [N] (-1 where unknown), `jpeg(i)` the
-    encoded image of row i, `hash` the content hash that every later artefact carries.
+    encoded image of row i, `hash` the content hash that every later artefact carries. Training reads neither the
+    table nor all texts of a column: what it holds of a row is the target, one byte.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,18 +64,13 @@ class Store:
     def _map(self) -> None:
         file = self.path / "lesions.arrow"
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(file)))
+            self._file = Mapped(file)
+            self._images = Blobs(self._file, "image")
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{file}: can't be read ({error}); prepare the store again") from None
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        images = [batch.column("image") for batch in batches]
-        self._starts = [0, *itertools.accumulate(map(len, images))]
-        # Offsets and bytes of each batch, viewed in place: reading an image is one slice of the map.
-        self._offsets = [np.frombuffer(c.buffers()[1], np.int64)[c.offset : c.offset + len(c) + 1] for c in images]
-        self._bytes = [memoryview(c.buffers()[2] or b"") for c in images]
-        if (total := self._starts[-1]) != self.info["lesions"]:
+        if (total := len(self._file)) != self.info["lesions"]:
             raise DataError(f"{file}: {total} rows, store.json says {self.info['lesions']}; prepare the store again")
-        self._metadata = pa.Table.from_batches(batches, reader.schema).drop_columns("image")
+        self.columns = [name for name in self._file.columns if name != "image"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -81,41 +79,56 @@ class Store:
         self.__init__(state["path"])  # type: ignore[misc]
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self._file)
 
     @cached_property
     def table(self) -> pl.DataFrame:
-        """The metadata, N rows in store order."""
-        return pl.DataFrame(self._metadata)
+        """The metadata, N rows in store order, all of it in memory: `tables` has a batch at a time."""
+        return self._file.table(*self.columns)
+
+    def tables(self, *columns: str) -> Iterator[pl.DataFrame]:
+        """Some columns of the metadata, batch by batch in store order; those that aren't there are left out."""
+        known = [name for name in columns if name in self.columns]
+        return (pl.DataFrame(batch.select(known)) for batch in self._file.batches())
 
     @property
     def pictures(self) -> bool:
         """Whether lesions have images."""
         return bool(self.info.get("pictures", True))
 
-    @cached_property
-    def ids(self) -> list[str]:
-        return self.table["isic_id"].to_list()
+    @property
+    def ids(self) -> Texts:
+        """`isic_id`, [N]."""
+        return Texts(self._file, lambda batch: batch.column("isic_id"))
 
     @cached_property
     def targets(self) -> NDArray[np.int8]:
         """1 malignant, 0 not, -1 unknown; int8 [N]."""
-        if "target" not in self.table.columns:
-            return np.full(len(self), -1, np.int8)
-        return self.table["target"].fill_null(-1).cast(pl.Int8).to_numpy()
+        targets = np.full(len(self), -1, np.int8)
+        if "target" in self.columns:
+            for start, batch in zip(self._file.starts.tolist(), self._file.batches(), strict=False):
+                targets[start : start + len(batch)] = batch.column("target").fill_null(-1).to_numpy()
+        return targets
 
-    @cached_property
-    def groups(self) -> list[str]:
+    @property
+    def patients(self) -> Texts | None:
+        """`patient_id`, [N], None where it isn't known; None in all where the store has no such column."""
+        return Texts(self._file, lambda batch: batch.column("patient_id")) if "patient_id" in self.columns else None
+
+    @property
+    def groups(self) -> Texts:
         """What must stay on one side of a split, [N]: the patient, or the lesion itself where no patient is known."""
-        if "patient_id" not in self.table.columns:
+        if "patient_id" not in self.columns:
             return self.ids
-        return self.table.select(pl.coalesce("patient_id", "isic_id"))["patient_id"].to_list()
+        return Texts(self._file, _patient_or_lesion)
 
     def jpeg(self, row: int) -> bytes:
         """The encoded image of one row."""
-        batch = bisect.bisect_right(self._starts, row) - 1
-        at, offsets = row - self._starts[batch], self._offsets[batch]
-        return bytes(self._bytes[batch][offsets[at] : offsets[at + 1]])
+        return self._images[row]
+
+
+def _patient_or_lesion(batch: pa.RecordBatch) -> pa.Array:
+    return pc.coalesce(batch.column("patient_id"), batch.column("isic_id"))
 
 
 def prepare(

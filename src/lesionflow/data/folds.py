@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from lesionflow.data.rows import Rows, where
+from lesionflow.data.splithash import STRETCH, split_hash, stretches
 from lesionflow.data.store import Store
 from lesionflow.errors import DataError, UsageError
-from lesionflow.keys import atomic, digest
+from lesionflow.keys import atomic
 
 HOLDOUT = -1
 """The fold number of the hold-out's rows."""
@@ -38,12 +42,13 @@ class Folds:
 
     `ids` [N] in store order, `fold` int8 [N] in 0..count-1, or -1 for the hold-out, `count` of folds without the
     hold-out, `hash` over every id with its fold. `kind` is `patient` or `institution`; `names` [count] are then the
-    institutions, else None. `holdout` is the share that was asked for.
+    institutions, else None. `holdout` is the share that was asked for. Of a file the ids stay in there until somebody
+    asks for them: a training doesn't, and so has one byte for each lesion.
     """
 
     def __init__(
         self,
-        ids: Sequence[str],
+        ids: Sequence[str] | Path,
         fold: NDArray[np.int8],
         data_hash: str,
         seed: int,
@@ -52,7 +57,8 @@ class Folds:
         kind: str = "patient",
         names: Sequence[str] | None = None,
     ) -> None:
-        self.ids = list(ids)
+        """`ids` are those of the lesions, or the file of folds that has them."""
+        self._ids = ids
         self.fold = fold
         self.data_hash = data_hash
         self.seed = seed
@@ -60,7 +66,11 @@ class Folds:
         self.kind = kind
         self.names = None if names is None else list(names)
         self.count = int(fold.max()) + 1
-        self.hash = _fold_hash(self.ids, fold, data_hash, self.names)
+        self.hash = split_hash(partial(stretches, ids), fold, data_hash, self.names)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return [isic_id for piece in stretches(self._ids) for isic_id in piece.to_pylist()]
 
     def save(self, path: Path) -> None:
         """Write `isic_id, fold` as Parquet, with the hashes and settings in the file's own metadata."""
@@ -78,15 +88,15 @@ class Folds:
     def load(cls, path: Path) -> Folds:
         """Read folds; raises `DataError` if a single assignment differs from what was written."""
         try:
-            table, stamps = pl.read_parquet(path), pl.read_parquet_metadata(path)
+            stamps, fold = pl.read_parquet_metadata(path), pl.read_parquet(path, columns=["fold"])["fold"]
             folds = cls(
-                table["isic_id"].to_list(), table["fold"].to_numpy(), stamps["data_hash"], int(stamps["seed"]),
+                path, fold.to_numpy(), stamps["data_hash"], int(stamps["seed"]),
                 holdout=float(stamps.get("holdout", 0)), kind=stamps.get("kind", "patient"),
                 names=json.loads(stamps.get("names", "null")),
             )  # fmt: skip
         except FileNotFoundError:
             raise DataError(f"{path}: no folds; run `lesionflow data split` first") from None
-        except (pl.exceptions.PolarsError, KeyError, ValueError, TypeError) as error:
+        except (pl.exceptions.PolarsError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
             raise DataError(f"{path}: not a folds file ({error}); delete it and split again") from None
         if folds.hash != stamps["fold_hash"]:
             raise DataError(
@@ -105,25 +115,34 @@ class Folds:
                 f"folds were made for data {self.data_hash[:12]}, this is {store.hash[:12]}; "
                 "use the same data, or a new run directory"
             )
-        if self.ids != store.ids:
+        pieces = zip(stretches(self._ids), stretches(store.ids), strict=False)
+        if len(self.fold) != len(store) or not all(a.equals(b) for a, b in pieces):
             raise DataError("folds: the rows stand in another order than the store's; delete the file and split again")
-        check_patients(store.groups, self.fold)
+        if store.patients is not None:  # Without patients every lesion is a group of its own.
+            check_patients(store.patients, self.fold)
 
-    def train_rows(self, fold: int) -> NDArray[np.int64]:
-        """The rows a fold's models may learn from: all others but the hold-out's."""
-        return np.flatnonzero((self.fold != fold) & (self.fold != HOLDOUT))
+    def train_rows(self, fold: int) -> Rows:
+        """The rows a fold's models may learn from, ascending: all others but the hold-out's."""
+        return where((self.fold != fold) & (self.fold != HOLDOUT))
 
-    def held_out_rows(self, fold: int) -> NDArray[np.int64]:
-        return np.flatnonzero(self.fold == fold)
+    def held_out_rows(self, fold: int) -> Rows:
+        """The rows of a fold, ascending."""
+        return where(self.fold == fold)
 
-    def holdout_rows(self) -> NDArray[np.int64]:
-        """The rows that no model learns from; empty without a hold-out."""
-        return np.flatnonzero(self.fold == HOLDOUT)
+    def holdout_rows(self) -> Rows:
+        """The rows that no model learns from, ascending; empty without a hold-out."""
+        return where(self.fold == HOLDOUT)
 
 
-def check_patients(groups: Sequence[str], fold: NDArray[np.int8]) -> None:
-    """Raise `DataError`, naming the patients, if a group [N] lies in several folds [N] or in one and the hold-out."""
-    pairs = pl.DataFrame({"group": groups, "fold": fold}).unique()
+def check_patients(groups: Sequence[str | None], fold: NDArray[np.int8]) -> None:
+    """Raise `DataError`, naming the patients, if a group [N] lies in several folds [N] or in one and the hold-out.
+
+    Lesions without a group (None) stand for themselves.
+    """
+    pairs = pl.DataFrame(schema={"group": pl.String, "fold": pl.Int64})
+    for start in range(0, len(groups), STRETCH):
+        here = {"group": groups[start : start + STRETCH], "fold": fold[start : start + STRETCH].astype(np.int64)}
+        pairs = pl.concat([pairs, pl.DataFrame(here, schema=pairs.schema).drop_nulls("group")]).unique()
     several = pairs.group_by("group").agg(pl.col("fold").sort()).filter(pl.col("fold").list.len() > 1).sort("group")
     if several.is_empty():
         return
@@ -136,11 +155,6 @@ def check_patients(groups: Sequence[str], fold: NDArray[np.int8]) -> None:
         f"folds: {len(several):,} patients lie in more than one fold ({', '.join(shown)}{more}): held-out scores "
         "would be too good; delete the file and everything trained on it, and split again"
     )
-
-
-def _fold_hash(ids: Sequence[str], fold: NDArray[np.int8], data_hash: str, names: Sequence[str] | None) -> str:
-    content = {"data": data_hash, "folds": sorted(zip(ids, fold.tolist(), strict=True))}
-    return digest(content if names is None else content | {"names": list(names)})
 
 
 def make_folds(
@@ -166,7 +180,7 @@ def make_folds(
     """
     if kind not in KINDS or not 0 <= holdout < 1:
         raise UsageError(f"folds: kind {kind!r}, hold-out {holdout}; expected {' or '.join(KINDS)}, and a share 0..1")
-    names, member = np.unique(np.asarray(groups), return_inverse=True)
+    names, member = np.unique(np.asarray(list(groups)), return_inverse=True)
     malignant = np.bincount(member, weights=targets == 1, minlength=len(names)).astype(np.int64)
     lesions = np.bincount(member, minlength=len(names))
     group_fold = np.zeros(len(names), np.int64)

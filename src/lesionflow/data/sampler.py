@@ -2,6 +2,9 @@
 
 Nothing here has state. Any process that knows the seed and the step knows the batch, so a run can
 be resumed at any step, by any number of processes, and still show every drawn lesion exactly once.
+
+Which rows may be drawn is a bit each; to draw from them takes four bytes each, for the moment with `balanced`
+sampling and for as long as the epoch lasts with `shuffle`.
 """
 
 from __future__ import annotations
@@ -9,15 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lesionflow.data.rows import Rows, row_type, where
 from lesionflow.recipe import Sampling
 
 DRAWS = 10
-"""Random numbers that augmentation may use for one drawn lesion."""
+"""Random numbers that augmentation may use for one drawn lesion. An even number: the generator makes two at a time."""
+
+_STRETCH = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -36,14 +41,14 @@ class Draws:
 class Sampler:
     """The global order of a whole training: `epochs` passes over `rows`, cut into steps.
 
-    `rows` int64 [n] are the store rows that may be drawn, `targets` int8 [n] their labels. With
+    `rows` integers [n] are the store rows that may be drawn, `targets` int8 [n] their labels. With
     `balanced` sampling an epoch shows every malignant lesion once and `negatives` times as many
     others; those come from seeded passes over all negatives, so none repeats before all were seen.
     """
 
     def __init__(
         self,
-        rows: NDArray[np.int64],
+        rows: Rows,
         targets: NDArray[np.int8],
         sampling: Sampling,
         *,
@@ -53,10 +58,12 @@ class Sampler:
     ) -> None:
         self.epochs = epochs
         self.seed = seed
-        self._rows = np.sort(rows)
-        sorted_targets = targets[np.argsort(rows)]
-        self._malignant = self._rows[sorted_targets == 1]
-        self._others = self._rows[sorted_targets != 1]
+        size = int(rows.max()) + 1
+        malignant = targets == 1
+        self._malignant = np.sort(rows[malignant]).astype(row_type(size))
+        self._other_bits = _bits(rows, ~malignant, size)
+        self._count = len(rows)
+        self._held: tuple[int, Rows] | None = None
         self._balanced = sampling.kind == "balanced"
         # Enough negatives to fill the last batch: no step is smaller than the others.
         wanted = len(self._malignant) * (1 + sampling.negatives)
@@ -68,41 +75,67 @@ class Sampler:
     def lesions_per_epoch(self) -> int:
         return self._drawn
 
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """The store rows of one epoch in the order they are shown, int64 [lesions_per_epoch]."""
-        rows = np.concatenate([self._malignant, self._negatives(epoch)]) if self._balanced else self._rows
-        return np.random.default_rng([self.seed, epoch, 1]).permutation(rows)
+    @property
+    def _others(self) -> Rows:
+        """All rows that aren't malignant, ascending."""
+        return where(np.unpackbits(self._other_bits).view(bool))
 
-    def _negatives(self, epoch: int) -> NDArray[np.int64]:
+    def order(self, epoch: int) -> Rows:
+        """The store rows of one epoch in the order they are shown, [lesions_per_epoch]."""
+        if self._balanced:
+            rows = np.concatenate([self._malignant, self._negatives(epoch)])
+        else:
+            flags = np.unpackbits(self._other_bits).view(bool)
+            flags[self._malignant] = True
+            rows = where(flags)
+        np.random.default_rng([self.seed, epoch, 1]).shuffle(rows)
+        return rows
+
+    def _negatives(self, epoch: int) -> Rows:
         """This epoch's stretch of the endless sequence of shuffled passes over the negatives."""
-        count, total = self._drawn - len(self._malignant), len(self._others)
+        count, total = self._drawn - len(self._malignant), self._count - len(self._malignant)
         start = epoch * count
-        taken: list[NDArray[np.int64]] = []
+        taken = [self._malignant[:0]]
         while count > 0:
             number, at = divmod(start, total)
-            piece = np.random.default_rng([self.seed, number, 2]).permutation(self._others)[at : at + count]
-            taken.append(piece)
-            start, count = start + len(piece), count - len(piece)
-        return np.concatenate(taken) if taken else self._others[:0]
+            others = self._others
+            np.random.default_rng([self.seed, number, 2]).shuffle(others)
+            taken.append(others[at : at + count].copy())  # A view would keep all of them.
+            start, count = start + len(taken[-1]), count - len(taken[-1])
+        return np.concatenate(taken)
 
-    @lru_cache(maxsize=2)  # noqa: B019 - one sampler lives as long as its training
-    def _epoch(self, epoch: int) -> tuple[list[NDArray[np.int64]], list[NDArray[np.float32]]]:
-        order = self.order(epoch)
-        randoms = np.random.default_rng([self.seed, epoch, 3]).random((len(order), DRAWS), np.float32)
+    def _step(self, step: int) -> tuple[Rows, NDArray[np.float32]]:
+        """The rows of a global step and their random numbers, float32 [b, DRAWS]."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if self._held is None or self._held[0] != epoch:
+            self._held = None  # Not two orders at once.
+            self._held = epoch, self.order(epoch)
         # Near-equal parts instead of a small last one, which would be noisy and could starve a rank.
-        return np.array_split(order, self.steps_per_epoch), np.array_split(randoms, self.steps_per_epoch)
+        first = at * (self._drawn // self.steps_per_epoch) + min(at, self._drawn % self.steps_per_epoch)
+        rows = self._held[1][first : first + self.batch_size(step)]
+        # The epoch's random numbers from the first lesion of the step on, without making those before it.
+        bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch, 3])).advance(first * DRAWS // 2)
+        return rows, np.random.Generator(bits).random((len(rows), DRAWS), np.float32)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Draws:
         """What rank `rank` of `world` shows at a global step; the ranks' slices together are the batch."""
-        epoch, at = divmod(step, self.steps_per_epoch)
-        orders, randoms = self._epoch(epoch)
+        rows, randoms = self._step(step)
         # Copies: nothing that is done to a batch may reach the epoch's order, which is kept.
-        return Draws(orders[at][rank::world].copy(), randoms[at][rank::world].copy())
+        return Draws(rows[rank::world].astype(np.int64), randoms[rank::world].copy())
 
     def batch_size(self, step: int) -> int:
         """Lesions of a global step over all ranks."""
         drawn, steps = self._drawn, self.steps_per_epoch
         return drawn // steps + (step % steps < drawn % steps)
+
+
+def _bits(rows: Rows, flags: NDArray[np.bool_], size: int) -> NDArray[np.uint8]:
+    """The rows [n] whose flag [n] is set, as a bit for each of `size` rows."""
+    set_bits = np.zeros(size, bool)
+    for start in range(0, len(rows), _STRETCH):
+        here = slice(start, start + _STRETCH)
+        set_bits[rows[here]] = flags[here]
+    return np.packbits(set_bits)
 
 
 class StepSampler:

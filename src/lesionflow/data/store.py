@@ -11,9 +11,7 @@ processes at once; workers that unpickle one map the same file again.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property

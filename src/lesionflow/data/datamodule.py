@@ -26,7 +26,7 @@ class LesionData(L.LightningDataModule):
         start: int = 0,
         workers: int = 0,
         cache: PixelCache | None = None,
-        kinds: NDArray[np.int64] | None = None,
+        kinds: NDArray[np.int16] | None = None,
     ) -> None:
         super().__init__()
         self.lesions = Lesions(store, spec, cache, kinds)

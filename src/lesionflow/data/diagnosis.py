@@ -6,12 +6,15 @@ columns `iddx_*` are known only after a biopsy, so they are targets of an auxili
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from lesionflow.data.rows import Rows
 from lesionflow.errors import UsageError
 
 FEWEST = 10
@@ -25,27 +28,40 @@ class Kinds:
     """The kinds that a training learns to tell apart."""
 
     names: tuple[str, ...]
-    codes: NDArray[np.int64]
-    """Place in `names` for every row of the store, int64 [N]; `UNKNOWN` where nothing is known, or the kind is rare."""
+    codes: NDArray[np.int16]
+    """Place in `names` for every row of the store, int16 [N]; `UNKNOWN` where nothing is known, or the kind is rare."""
 
 
-def kinds(table: pl.DataFrame, train_rows: NDArray[np.int64]) -> Kinds:
-    """The kinds of diagnosis that have at least `FEWEST` lesions among `train_rows`.
+def kinds(tables: Callable[..., Iterable[pl.DataFrame]], train_rows: Rows) -> Kinds:
+    """The kinds of diagnosis that have at least `FEWEST` lesions among `train_rows`, ascending rows of the store.
 
+    `tables(*columns)` gives those of the columns that there are, in pieces (`Store.tables`).
     A lesion's kind is its `iddx_2`; without one it is benign where `iddx_1` (or, without that column, `target`) says
     so, else unknown. Raises `UsageError` where the metadata tells fewer than two malignant kinds apart.
     """
-    given = pl.col("iddx_2") if "iddx_2" in table.columns else pl.lit(None, pl.String)
-    benign = pl.col("iddx_1") == _BENIGN if "iddx_1" in table.columns else pl.col("target") == 0
-    # A benign lesion with its histology is still of the benign kind: there are too few of those to tell apart.
-    kind = table.select(pl.when(benign).then(pl.lit(_BENIGN)).otherwise(given).alias("kind"))["kind"]
-    known = kind[train_rows].drop_nulls().value_counts(name="lesions")
-    names = tuple(sorted(known.filter(pl.col("lesions") >= FEWEST)["kind"].to_list()))
+    lesions: Counter[str] = Counter()
+    start = 0
+    for kind in _kind(tables):
+        here = slice(*np.searchsorted(train_rows, np.array([start, start + len(kind)], train_rows.dtype)))
+        counted = kind[train_rows[here] - start].drop_nulls().value_counts(name="lesions")
+        lesions.update(dict(counted.iter_rows()))
+        start += len(kind)
+    names = tuple(sorted(name for name, count in lesions.items() if count >= FEWEST))
     if len(set(names) - {_BENIGN}) < 2:
         found = ", ".join(names) or "none"
         raise UsageError(
             f"recipe: training.auxiliary needs at least two malignant kinds with {FEWEST} lesions each in the training "
             f"folds' iddx_2, found: {found}; set training.auxiliary=0"
         )
-    codes = kind.replace_strict({name: code for code, name in enumerate(names)}, default=UNKNOWN, return_dtype=pl.Int64)
-    return Kinds(names, codes.to_numpy())
+    codes = {name: code for code, name in enumerate(names)}
+    coded = (kind.replace_strict(codes, default=UNKNOWN, return_dtype=pl.Int16).to_numpy() for kind in _kind(tables))
+    return Kinds(names, np.concatenate(list(coded)))
+
+
+def _kind(tables: Callable[..., Iterable[pl.DataFrame]]) -> Iterator[pl.Series]:
+    """Each lesion's kind, null where it is unknown, in pieces."""
+    for table in tables("target", "iddx_1", "iddx_2"):
+        given = pl.col("iddx_2") if "iddx_2" in table.columns else pl.lit(None, pl.String)
+        benign = pl.col("iddx_1") == _BENIGN if "iddx_1" in table.columns else pl.col("target") == 0
+        # A benign lesion with its histology is still of the benign kind: there are too few of those to tell apart.
+        yield table.select(pl.when(benign).then(pl.lit(_BENIGN)).otherwise(given).alias("kind"))["kind"]

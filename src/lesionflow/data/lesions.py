@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,11 @@ from torch.utils.data import Dataset
 from lesionflow.data.diagnosis import UNKNOWN
 from lesionflow.data.images import Pixels, PreprocessSpec
 from lesionflow.data.pixelcache import PixelCache, pixels
+from lesionflow.data.rows import Rows
 from lesionflow.data.sampler import Draws
 from lesionflow.data.store import Store
 
-__all__ = ["Batch", "Lesions", "as_it_is", "batches", "gather", "pixels"]
+__all__ = ["Batch", "Lesions", "as_it_is", "gather", "pixels"]
 
 
 @dataclass
@@ -63,11 +63,11 @@ class Lesions(Dataset[Batch]):
         store: Store,
         spec: PreprocessSpec,
         cache: PixelCache | None = None,
-        kinds: NDArray[np.int64] | None = None,
+        kinds: NDArray[np.int16] | None = None,
     ) -> None:
         self.store, self.spec, self.cache, self.kinds = store, spec, cache, kinds
         # Read here: a forked worker that asked the table first would wait for threads that only the parent has.
-        self.targets = store.targets.astype(np.float32)
+        self.targets = store.targets
 
     def __len__(self) -> int:
         return len(self.store)
@@ -77,10 +77,10 @@ class Lesions(Dataset[Batch]):
         rows = draws.rows
         return Batch(
             torch.from_numpy(gather(self.store, rows, self.spec, self.cache)),
-            torch.from_numpy(self.targets[rows]),
+            torch.from_numpy(self.targets[rows].astype(np.float32)),
             torch.from_numpy(draws.randoms),
             torch.from_numpy(rows),
-            torch.from_numpy(np.full(len(rows), UNKNOWN) if self.kinds is None else self.kinds[rows]),
+            torch.from_numpy(np.full(len(rows), UNKNOWN) if self.kinds is None else self.kinds[rows].astype(np.int64)),
         )
 
 
@@ -89,8 +89,8 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def gather(store: Store, rows: NDArray[np.int64], spec: PreprocessSpec, cache: PixelCache | None = None) -> Pixels:
-    """Rows, int64 [b], as one array uint8 [b, S, S, 3]; raises `DataError` naming a lesion that can't be decoded."""
+def gather(store: Store, rows: Rows, spec: PreprocessSpec, cache: PixelCache | None = None) -> Pixels:
+    """Rows [b] as one array uint8 [b, S, S, 3]; raises `DataError` naming a lesion that can't be decoded."""
     batch = _room(len(rows), spec.size)
     if cache is not None:
         cache.take(rows, batch)
@@ -109,16 +109,3 @@ def _room(count: int, size: int) -> Pixels:
     whole = np.empty(length + mmap.PAGESIZE, np.uint8)
     start = -whole.ctypes.data % mmap.PAGESIZE
     return whole[start : start + length].reshape(count, size, size, 3)
-
-
-def batches(
-    store: Store,
-    rows: Sequence[int] | NDArray[np.int64],
-    spec: PreprocessSpec,
-    size: int,
-    cache: PixelCache | None = None,
-) -> Iterator[Tensor]:
-    """Rows in order as uint8 [<=size, S, S, 3] batches."""
-    wanted = np.asarray(rows, np.int64)
-    for start in range(0, len(wanted), size):
-        yield torch.from_numpy(gather(store, wanted[start : start + size], spec, cache))

@@ -35,9 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lesionflow.data.images import Pixels, PreprocessSpec, to_pixels
+from lesionflow.data.rows import Rows
 from lesionflow.data.store import Store
 from lesionflow.errors import DataError, ImageError, Preempted
 from lesionflow.keys import code_version, digest, write_json
@@ -77,8 +77,8 @@ class PixelCache:
     def __setstate__(self, state: tuple[Path, int, int]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
-    def take(self, rows: NDArray[np.int64], out: Pixels) -> None:
-        """Copy rows of the store, int64 [b], into `out`, contiguous uint8 [b, S, S, 3]. Raises `IndexError`."""
+    def take(self, rows: Rows, out: Pixels) -> None:
+        """Copy rows of the store [b] into `out`, contiguous uint8 [b, S, S, 3]. Raises `IndexError`."""
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.rows):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.rows}")
         # With mode "raise" numpy would gather into a buffer of its own first.

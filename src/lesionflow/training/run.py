@@ -29,13 +29,13 @@ import lightning as L
 import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save as to_safetensors
 
 from lesionflow.data.datamodule import LesionData
 from lesionflow.data.diagnosis import kinds
 from lesionflow.data.folds import Folds
 from lesionflow.data.pixelcache import PixelCache, obtain
+from lesionflow.data.rows import Rows, take
 from lesionflow.data.sampler import Sampler
 from lesionflow.data.store import Store
 from lesionflow.errors import DataError, LesionflowError, Preempted, UsageError
@@ -44,6 +44,7 @@ from lesionflow.models.image import LesionModule, preprocess_spec
 from lesionflow.recipe import Recipe
 from lesionflow.training import resume
 from lesionflow.training.conduct import Conductor, Stop
+from lesionflow.training.scores import write_scores
 from lesionflow.training.scoring import (
     Interrupted,
     any_rank,
@@ -102,11 +103,7 @@ def _cache(recipe: Recipe, store: Store, folds: Folds, stop: Stop, show: Show | 
     options = recipe.training
     drawn = 0
     for fold in range(folds.count):
-        rows = folds.train_rows(fold)
-        sampler = Sampler(
-            rows, store.targets[rows], recipe.sampling, epochs=options.epochs, batch_size=options.batch_size, seed=0
-        )
-        drawn += options.epochs * sampler.lesions_per_epoch * recipe.model.per_fold
+        drawn += options.epochs * _sampler(recipe, store, folds, fold, 0).lesions_per_epoch * recipe.model.per_fold
     return obtain(
         store,
         preprocess_spec(recipe),
@@ -115,6 +112,14 @@ def _cache(recipe: Recipe, store: Store, folds: Folds, stop: Stop, show: Show | 
         progress=show is not None or sys.stderr.isatty(),
         asked=lambda: stop.asked,
     )
+
+
+def _sampler(recipe: Recipe, store: Store, folds: Folds, fold: int, seed: int) -> Sampler:
+    rows, options = folds.train_rows(fold), recipe.training
+    return Sampler(
+        rows, take(store.targets, rows), recipe.sampling,
+        epochs=options.epochs, batch_size=options.batch_size, seed=seed,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ class _Fold:
         return self.run / f"fold-{self.number}"
 
     @property
-    def held_out(self) -> NDArray[np.int64]:
+    def held_out(self) -> Rows:
         return self.folds.held_out_rows(self.number)
 
     def seed(self, model: int) -> int:
@@ -169,21 +174,11 @@ def _train_fold(fold: _Fold) -> None:
                 f"fold {fold.number}: stopped while scoring, model {model} is saved; run again to go on"
             ) from None
     if rank() == 0:
-        table = pl.DataFrame(
-            {
-                "isic_id": [fold.store.ids[r] for r in rows],
-                "patient_group": [fold.store.groups[r] for r in rows],
-                "target": fold.store.targets[rows],
-                "fold": fold.folds.fold[rows],
-                "logit": logits / len(members),
-                "fold_hash": fold.folds.hash,
-            }
-        )
-        own = len(fold.held_out)
+        logits, own = logits / len(members), len(fold.held_out)
         # The second file says that the fold is done, so it is written last.
-        for name, part in (("holdout", table[own:]), ("oof", table[:own])):
+        for name, part in (("holdout", slice(own, None)), ("oof", slice(own))):
             with _written(fold.out / f"{name}.parquet") as file:
-                part.write_parquet(file, metadata={"identity": identity})
+                write_scores(file, fold.store, fold.folds, rows[part], logits[part], identity)
     barrier()
 
 
@@ -200,16 +195,13 @@ def _train_model(fold: _Fold, model: int) -> Path:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(fold.run / "events" / f"fold-{fold.number}-model-{model}", ignore_errors=True)
     spec, options = preprocess_spec(recipe), recipe.training
-    rows = fold.folds.train_rows(fold.number)
-    sampler = Sampler(
-        rows, store.targets[rows], recipe.sampling, epochs=options.epochs, batch_size=options.batch_size, seed=seed
-    )
-    known = kinds(store.table, rows) if options.auxiliary else None
+    sampler = _sampler(recipe, store, fold.folds, fold.number, seed)
+    known = kinds(store.tables, fold.folds.train_rows(fold.number)) if options.auxiliary else None
     module = LesionModule(recipe, spec, sampler, seed=seed, kinds=len(known.names) if known else 0)
     if state is not None:
         resume.restore(module, state)
 
-    looked_at = sample(fold.held_out, store.targets[fold.held_out], options.validate_lesions, seed)
+    looked_at = sample(fold.held_out, take(store.targets, fold.held_out), options.validate_lesions, seed)
 
     def validate(module: LesionModule) -> dict[str, float]:
         try:

@@ -18,6 +18,7 @@ from lesionflow.data.augment import normalise
 from lesionflow.data.images import PreprocessSpec
 from lesionflow.data.lesions import gather
 from lesionflow.data.pixelcache import PixelCache
+from lesionflow.data.rows import Rows
 from lesionflow.data.store import Store
 from lesionflow.errors import DataError
 from lesionflow.keys import model_identity, planned_keys
@@ -94,7 +95,7 @@ def fold_weights(run: Path, recipe: Recipe, count: int) -> list[list[Path]]:
 def score(
     network: torch.nn.Module,
     store: Store,
-    rows: NDArray[np.int64],
+    rows: Rows,
     spec: PreprocessSpec,
     tta: str,
     cache: PixelCache | None = None,

@@ -16,6 +16,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from lesionflow.data.rows import Rows, where
 from lesionflow.evaluation.metrics import MIN_TPR, auc, checked, order_of, pauc
 from lesionflow.evaluation.resample import influence
 
@@ -29,8 +30,8 @@ LEVEL = 0.95
 class Sample:
     """Which held-out lesions are looked at."""
 
-    rows: NDArray[np.int64]
-    """Rows of the store, in their order, int64 [n]."""
+    rows: Rows
+    """Rows of the store, in their order, [n]."""
     targets: NDArray[np.int8]
     """Theirs, int8 [n]."""
     share: float
@@ -45,9 +46,9 @@ class Sample:
         }
 
 
-def sample(rows: NDArray[np.int64], targets: NDArray[np.int8], most: int, seed: int) -> Sample:
-    """About `most` of the held-out `rows` (0: all), int64 [N], with their `targets`, int8 [N]."""
-    benign = np.flatnonzero(targets != 1)
+def sample(rows: Rows, targets: NDArray[np.int8], most: int, seed: int) -> Sample:
+    """About `most` of the held-out `rows` (0: all), [N], with their `targets`, int8 [N]."""
+    benign = where(targets != 1)
     wanted = max(most - (len(rows) - len(benign)), FEWEST_BENIGN) if most else len(benign)
     if wanted >= len(benign):
         return Sample(rows, targets, 1.0)

@@ -151,7 +151,7 @@ def begin(run: Path, recipe: Recipe, data: Path, *, incumbent: Path | None = Non
     Raises `DataError` for unreadable data, `UsageError` on a node of a distributed job: its nodes
     would write over each other, so a run is begun, prepared and split before its job starts.
     """
-    from lesionflow.training.launch import Nodes
+    from lesionflow.training.nodes import Nodes
 
     if (nodes := Nodes.from_environment(os.environ).count) > 1:
         raise UsageError(

@@ -90,6 +90,7 @@ def train(
     """
     from lesionflow.data.folds import Folds
     from lesionflow.training import launch
+    from lesionflow.training.nodes import Nodes
 
     if not recipe_of(run).model.per_fold:
         with step(run, "train", key, lambda: []):
@@ -98,7 +99,7 @@ def train(
     wanted = list(range(count)) if folds is None else list(folds)
     if wrong := [k for k in wanted if not 0 <= k < count]:
         raise UsageError(f"--fold {wrong[0]}: the run has folds 0 to {count - 1}")
-    if launch.Nodes.from_environment(os.environ).rank > 0:
+    if Nodes.from_environment(os.environ).rank > 0:
         # The job's first node records the step; this one only has to find it done when it comes late.
         keys.require(run, "split")
         if not keys.is_done(run, "train", key):

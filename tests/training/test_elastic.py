@@ -17,7 +17,8 @@ import polars as pl
 import pytest
 
 from lesionflow.recipe import Recipe
-from lesionflow.training.launch import Elastic, Nodes, _torchrun
+from lesionflow.training.launch import _torchrun
+from lesionflow.training.nodes import Elastic, Nodes
 
 
 def test_an_elastic_policys_environment_is_read() -> None:

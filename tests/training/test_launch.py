@@ -17,7 +17,8 @@ import pytest
 from lesionflow import keys, steps
 from lesionflow.errors import DataError, UsageError
 from lesionflow.recipe import Recipe
-from lesionflow.training.launch import Nodes, _cores, _threads, _torchrun
+from lesionflow.training.launch import _cores, _threads, _torchrun
+from lesionflow.training.nodes import Nodes
 from lesionflow.training.status import Outcome, collect, report
 
 TINY = ["--set", "model.backbone=mobilenetv3_small_050", "--set", "model.weights=none", "--set", "image.size=32",
@@ -178,14 +179,14 @@ def test_threads_stay_within_a_containers_quota(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_lost_rank_is_a_preemption_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lesionflow.training.run import _lost_peer
+    from lesionflow.training.lost import lost_peer
 
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:1: Connection reset by peer.")
-    assert not _lost_peer(gone), "alone, there is no peer"
+    assert not lost_peer(gone), "alone, there is no peer"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert _lost_peer(gone)
-    assert not _lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not _lost_peer(ValueError("Connection reset by peer"))
+    assert lost_peer(gone)
+    assert not lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not lost_peer(ValueError("Connection reset by peer"))
 
 
 def test_a_node_of_a_job_begins_nothing(

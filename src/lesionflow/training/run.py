@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +41,8 @@ from lesionflow.models.image import LesionModule, preprocess_spec
 from lesionflow.recipe import Recipe
 from lesionflow.training import resume
 from lesionflow.training.conduct import Conductor, Stop
+from lesionflow.training.lock import locked
+from lesionflow.training.lost import lost_loader, lost_peer
 from lesionflow.training.scores import write_scores
 from lesionflow.training.scoring import (
     Interrupted,
@@ -55,16 +54,13 @@ from lesionflow.training.scoring import (
     score,
     weights_identity,
 )
-from lesionflow.training.status import OPERATED, Progress, report
+from lesionflow.training.status import Progress, report
 from lesionflow.training.validation import sample
 
 Show = Callable[[Progress], None]
 
 LOADERS = "LESIONFLOW_LOADERS"
 """Environment variable: loader processes of each training process, where the usual number doesn't fit."""
-
-LOCK_PATIENCE = 120.0
-"""Seconds a file server may hold a lock of a node that is gone."""
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +87,7 @@ def train_folds(run: Path, wanted: Sequence[int], *, anew: bool = False, show: S
         left = [fold for fold in wanted if not _is_scored(run / f"fold-{fold}", fold_identity(key, fold))]
         cache = _cache(recipe, store, folds, stop, show) if left else None
         for fold in left:
-            with _locked(run / f"fold-{fold}"):
+            with locked(run / f"fold-{fold}"):
                 _train_fold(_Fold(run, key, recipe, store, folds, fold, stop, show, anew, cache))
 
 
@@ -305,53 +301,6 @@ def _scored(path: Path) -> str | None:
         return None  # Not there, or not readable: the fold is scored again.
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one training writes into a fold at a time; the kernel frees the lock of a killed one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank() != 0:
-        yield
-        return
-    operated = OPERATED in os.environ
-    deadline = time.monotonic() + (LOCK_PATIENCE if operated else 0)
-    with (folder / ".lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() < deadline:
-                    time.sleep(1)
-                elif operated:
-                    raise Preempted(f"{folder}: still locked by a node that is gone; start again to go on") from None
-                else:
-                    raise UsageError(f"{folder}: another process is training here; wait for it, or stop it") from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise
-                logger.warning("%s: this volume has no locks; see that nothing else trains here", folder)
-                break
-        yield
-
-
-def _lost_peer(error: BaseException) -> bool:
-    """Whether a collective operation failed because another rank is gone: its own end is the cause, not ours.
-
-    The backends have no common error for it, so their texts decide (gloo, NCCL, the rendezvous store).
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
-        return False
-    signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe",
-             "Timed out waiting", "Application timeout", "remote process exited", "NCCL", "Socket Timeout")  # fmt: skip
-    return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs)
-
-
-def _lost_loader(error: BaseException) -> bool:
-    """Whether a loader process was killed from outside, as the kernel does where memory is short."""
-    signs = ("exited unexpectedly", "killed by signal")
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and any(s in str(error) for s in signs)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Worker entry: exit code as in `lesionflow.errors`, reported to the parent through `status`."""
     parser = argparse.ArgumentParser(prog="lesionflow.training.run", description=__doc__.splitlines()[0])
@@ -368,11 +317,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(error.exit_code, message)
         return error.exit_code
     except BaseException as error:
-        if _lost_peer(error):
+        if lost_peer(error):
             print(f"lost another rank: {error}", file=sys.stderr)  # noqa: T201
             report(Preempted.exit_code, "lost another rank; start again to go on from the last checkpoint")
             return Preempted.exit_code
-        if _lost_loader(error):
+        if lost_loader(error):
             message = (
                 f"a loader process was killed, is memory short? start again to go on, with fewer of them by {LOADERS}"
             )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +64,9 @@ class Sampler:
         self._malignant = np.sort(rows[malignant]).astype(row_type(size))
         self._other_bits = _bits(rows, ~malignant, size)
         self._count = len(rows)
-        self._held: tuple[int, Rows] | None = None
+        self._held: tuple[int, Rows, Any] | None = None
+        self._bits = np.random.PCG64(0)
+        self._numbers = np.random.Generator(self._bits)
         self._balanced = sampling.kind == "balanced"
         # Enough negatives to fill the last batch: no step is smaller than the others.
         wanted = len(self._malignant) * (1 + sampling.negatives)
@@ -109,13 +112,15 @@ class Sampler:
         epoch, at = divmod(step, self.steps_per_epoch)
         if self._held is None or self._held[0] != epoch:
             self._held = None  # Not two orders at once.
-            self._held = epoch, self.order(epoch)
+            begin = np.random.PCG64(np.random.SeedSequence([self.seed, epoch, 3])).state
+            self._held = epoch, self.order(epoch), begin
         # Near-equal parts instead of a small last one, which would be noisy and could starve a rank.
         first = at * (self._drawn // self.steps_per_epoch) + min(at, self._drawn % self.steps_per_epoch)
         rows = self._held[1][first : first + self.batch_size(step)]
         # The epoch's random numbers from the first lesion of the step on, without making those before it.
-        bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch, 3])).advance(first * DRAWS // 2)
-        return rows, np.random.Generator(bits).random((len(rows), DRAWS), np.float32)
+        self._bits.state = self._held[2]
+        self._bits.advance(first * DRAWS // 2)
+        return rows, self._numbers.random((len(rows), DRAWS), np.float32)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Draws:
         """What rank `rank` of `world` shows at a global step; the ranks' slices together are the batch."""

@@ -136,7 +136,7 @@ def _inspect_jpeg(data: bytes) -> ImageInfo:
         if marker == 0 or marker == 0x01 or 0xD0 <= marker <= 0xD8:
             at += 2
             continue
-        (length,) = struct.unpack(">H", data[at + 2 : at + 4])
+        length = data[at + 2] << 8 | data[at + 3]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 10 <= end:
             bits, height, width, channels = struct.unpack(">BHHB", data[at + 4 : at + 10])
             frame = (width, height, channels, bits, marker in (0xC2, 0xC6, 0xCA, 0xCE))

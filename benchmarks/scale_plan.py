@@ -32,9 +32,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from lesionflow.data.datamodule import Lesions
 from lesionflow.data.folds import Folds
 from lesionflow.data.images import PreprocessSpec
+from lesionflow.data.lesions import Lesions
 from lesionflow.data.sampler import Sampler
 from lesionflow.data.store import Store, prepare
 from lesionflow.evaluation.intervals import bootstrap_pauc
@@ -209,7 +209,7 @@ def decode() -> None:
 
         def load() -> None:
             for draws in batches:
-                loader.__getitems__(draws)
+                loader[draws]
 
         rate = len(rows) / cpu(load, 5)
         encoded = float(np.mean([len(store.jpeg(row)) for row in range(len(store))]))

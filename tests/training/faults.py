@@ -41,6 +41,8 @@ TOY = [
 ]  # fmt: skip
 HANG = 60.0
 """Seconds after which a training that neither ends nor goes on hangs."""
+GRACE = 10.0
+"""Seconds that a training may take to save and end, on a machine that does nothing else."""
 LOADERS = "LESIONFLOW_LOADERS"
 
 
@@ -352,6 +354,9 @@ def main() -> int:
         f"{sum(result.faults.values())} faults in {time.monotonic() - began:.0f} s, seed {options.seed}: all finished "
         f"({result.finished} trainings), weights equal, slowest end {result.slowest:.1f} s"
     )
+    if result.slowest > GRACE:
+        print(f"FAILED an end took more than {GRACE:g} s")
+        return 1
     return 0
 
 

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from lesionflow.errors import Preempted
-from lesionflow.training.status import ended_by_signal, report_as
+from lesionflow.training.status import report_seen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,8 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Preempted.exit_code
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
-            if outcome := ended_by_signal(failure.exitcode, f"rank {rank}"):
-                report_as(f"killed-{rank}", outcome)
+            report_seen(rank, failure.exitcode)
         print(error, file=sys.stderr)  # noqa: T201 - the launcher's own log
         return 1
     return 0

@@ -33,16 +33,22 @@ class Outcome:
     message: str = ""
 
 
+_SEEN = "seen-"
 _KILLED = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def report(code: int, message: str = "") -> None:
     """Leave this process's outcome for the parent, if one asked for it."""
-    report_as(os.environ.get("RANK", "0"), Outcome(code, message))
+    _leave(os.environ.get("RANK", "0"), Outcome(code, message))
 
 
-def report_as(name: str, outcome: Outcome) -> None:
-    """Leave an outcome under a name of its own."""
+def report_seen(rank: int, code: int) -> None:
+    """Leave what a rank's exit code, as `subprocess` has it, says of its end where it couldn't say so itself."""
+    if outcome := ended_by_signal(code, f"rank {rank}"):
+        _leave(f"{_SEEN}{rank}", outcome)
+
+
+def _leave(name: str, outcome: Outcome) -> None:
     if directory := os.environ.get(VARIABLE):
         # A full disk must not hide the real reason, which goes to stderr as well.
         with contextlib.suppress(OSError):
@@ -83,8 +89,10 @@ def collect(directory: Path, exit_code: int, *, told: bool = False) -> Outcome:
     reports = []
     for path in directory.glob("*.json"):
         with contextlib.suppress(OSError, json.JSONDecodeError):
-            reports.append(json.loads(path.read_text()))
-    failed = sorted((r for r in reports if r["code"] not in (0, 143)), key=lambda r: r["time"])
+            reports.append(json.loads(path.read_text()) | {"seen": path.stem.startswith(_SEEN)})
+    # What a rank said itself goes before what was seen of it: it may have been ended by force on its way out.
+    reports.sort(key=lambda r: (r["seen"], r["time"]))
+    failed = [r for r in reports if r["code"] not in (0, 143)]
     preempted = [r for r in reports if r["code"] == 143]
     for chosen in (*failed, *preempted):
         return Outcome(chosen["code"], chosen["message"])

@@ -3,6 +3,9 @@
 So an idle service adds no delay, and a busy one works in full batches. A batch is dealt out evenly among the requests
 that wait: a visit of thousands of lesions doesn't hold up a single picture. How long a new request would have to wait
 is known from what lies before it and from how fast the graph has been; who would wait too long is refused at once.
+
+There is one thread more than the graph can use: it tells those who asked while the next batch already runs. And who
+comes with `here` while the graph is free runs the batch itself, for waking another thread costs time and CPU.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class _Job:
     given: int = 0
     done: int = 0
     failed: bool = False
+    failure: BaseException | None = None
 
 
 class Batcher:
@@ -51,11 +55,16 @@ class Batcher:
         self._graph, self._models, self._batch = graph, models, max(1, batch)
         self._told = told
         self._jobs: deque[_Job] = deque()
+        self._running = 0
+        """Batches that the graph works on."""
+        self._ended: deque[list[_Job]] = deque()
+        """Jobs, by batch, whose askers are still to be told."""
         self._change = threading.Condition()
         self._closed = False
         self.seconds = 0.0
         """Per lesion, as of late; 0 before the first."""
-        self._threads = [threading.Thread(target=self._work, daemon=True, name="graph") for _ in range(graph.parallel)]
+        many = graph.parallel + 1
+        self._threads = [threading.Thread(target=self._work, daemon=True, name="graph") for _ in range(many)]
         for thread in self._threads:
             thread.start()
 
@@ -72,8 +81,11 @@ class Batcher:
             ahead = sum(min(len(job.pixels) - job.done, max(count, self._batch)) for job in self._jobs)
         return self.seconds * ahead / self._graph.parallel
 
-    def give(self, pixels: Pixels) -> Future[tuple[Floats, Floats]]:
-        """uint8 [B, S, S, 3] to a future of (`fold_logits` [B, K], `logit` [B])."""
+    def give(self, pixels: Pixels, *, here: bool = False) -> Future[tuple[Floats, Floats]]:
+        """uint8 [B, S, S, 3] to a future of (`fold_logits` [B, K], `logit` [B]).
+
+        With `here` the caller's thread works on the next batch if the graph is free, and returns once that is done.
+        """
         count = len(pixels)
         job = _Job(pixels, np.empty((count, self._models), np.float32), np.empty(count, np.float32), Future())
         if not count:
@@ -83,7 +95,15 @@ class Batcher:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
             self._jobs.append(job)
-            self._change.notify()
+            pieces = self._deal() if here else []
+            if not pieces and self._running < self._graph.parallel:
+                self._change.notify()
+        if pieces:
+            ended = self._run(pieces)
+            with self._change:
+                if any(one.given < len(one.pixels) for one in self._jobs):
+                    self._change.notify()
+            self._tell(ended)
         return job.future
 
     def close(self) -> None:
@@ -94,43 +114,58 @@ class Batcher:
         for thread in self._threads:
             thread.join()
 
-    def _take(self) -> list[tuple[_Job, slice]]:
-        """The next batch, a share of each job that waits; empty when closed and done."""
-        with self._change:
-            self._drop()
-            while not (ready := [job for job in self._jobs if job.given < len(job.pixels)]):
-                if self._closed:
-                    return []
-                self._change.wait()
-                self._drop()
-            pieces, room = [], self._batch
-            for position, job in enumerate(ready):
-                # What is left of the batch, dealt out among those still to come.
-                share = max(1, room // (len(ready) - position))
-                count = min(share, len(job.pixels) - job.given, room)
-                pieces.append((job, slice(job.given, job.given + count)))
-                job.given += count
-                room -= count
-                if not room:
-                    break
-            self._jobs.rotate(-1)
-            return pieces
-
-    def _drop(self) -> None:
-        """Forget jobs whose askers have left: nobody waits for their answers."""
+    def _deal(self) -> list[tuple[_Job, slice]]:
+        """The next batch, a share of each job that waits; empty if none does or the graph is busy. Under the lock."""
         for job in [job for job in self._jobs if job.future.cancelled()]:
-            job.failed, job.given = True, len(job.pixels)
+            job.failed, job.given = True, len(job.pixels)  # Who asked has left: nobody waits for the answer.
             self._jobs.remove(job)
+        ready = [job for job in self._jobs if job.given < len(job.pixels)]
+        if not ready or self._running == self._graph.parallel:
+            return []
+        pieces, room = [], self._batch
+        for position, job in enumerate(ready):
+            # What is left of the batch, dealt out among those still to come.
+            share = max(1, room // (len(ready) - position))
+            count = min(share, len(job.pixels) - job.given, room)
+            pieces.append((job, slice(job.given, job.given + count)))
+            job.given += count
+            room -= count
+            if not room:
+                break
+        self._jobs.rotate(-1)
+        self._running += 1
+        return pieces
 
     def _work(self) -> None:
-        while pieces := self._take():
-            pixels = [job.pixels[rows] for job, rows in pieces]
-            started = time.perf_counter()
-            try:
-                found = self._graph.logits(pixels[0] if len(pixels) == 1 else np.concatenate(pixels))
-            except BaseException as error:
-                self._finish(pieces, error)
-                continue
+        ended: list[_Job] = []
+        while True:
+            with self._change:
+                while not (pieces := self._deal()) and not ended:
+                    if self._ended:
+                        ended = self._ended.popleft()
+                    elif self._closed and not self._jobs:
+                        return
+                    else:
+                        self._change.wait()
+                if pieces and ended:
+                    # The graph comes first; another thread tells them.
+                    self._ended.append(ended)
+                    self._change.notify()
+            if pieces:
+                ended = self._run(pieces)
+            else:
+                self._tell(ended)
+                ended = []
+
+    def _run(self, pieces: list[tuple[_Job, slice]]) -> list[_Job]:
+        """Have the graph work on a batch; the jobs that are done with it."""
+        pixels = [job.pixels[rows] for job, rows in pieces]
+        found, failure, started = None, None, time.perf_counter()
+        try:
+            found = self._graph.logits(pixels[0] if len(pixels) == 1 else np.concatenate(pixels))
+        except BaseException as error:
+            failure = error
+        else:
             count, seconds = len(found[1]), time.perf_counter() - started
             self.seconds = MEMORY * self.seconds + (1 - MEMORY) * seconds / count if self.seconds else seconds / count
             if self._told:
@@ -140,26 +175,29 @@ class Batcher:
                 end = at + rows.stop - rows.start
                 job.fold_logits[rows], job.logit[rows] = found[0][at:end], found[1][at:end]
                 at = end
-            self._finish(pieces, None)
-
-    def _finish(self, pieces: list[tuple[_Job, slice]], error: BaseException | None) -> None:
         ended = []
         with self._change:
+            self._running -= 1
             for job, rows in pieces:
                 if job.failed:
-                    continue  # Another thread's piece of it was the one that failed.
-                if error is not None:
-                    job.failed, job.given = True, len(job.pixels)
+                    continue  # Another thread's piece of it was the one that failed, or who asked has left.
+                if failure is not None:
+                    job.failed, job.failure, job.given = True, failure, len(job.pixels)
                 else:
                     job.done += rows.stop - rows.start
                 if job.failed or job.done == len(job.pixels):
                     self._jobs.remove(job)
                     ended.append(job)
+            if self._closed:
+                self._change.notify_all()
+        return ended
+
+    def _tell(self, ended: list[_Job]) -> None:
         for job in ended:
             # Who asked may have left just now; from here on nobody can, and a future that was cancelled takes nothing.
             if not job.future.set_running_or_notify_cancel():
                 continue
-            if error is None:
+            if job.failure is None:
                 job.future.set_result((job.fold_logits, job.logit))
             else:
-                job.future.set_exception(error)
+                job.future.set_exception(job.failure)

@@ -35,6 +35,13 @@ async def fail(request: Request) -> Response:
     raise ValueError(SECRET)
 
 
+@pytest.fixture(autouse=True)
+def said():
+    """A test's lines are written before the next one looks for its own."""
+    yield
+    flush()
+
+
 class Told:
     """Telemetry that notes what it hears."""
 

@@ -17,12 +17,12 @@ import hmac
 import json
 import logging
 import os
-import queue
 import re
 import threading
 import time
 import traceback
 import uuid
+from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,15 @@ OFTEN = re.compile(r"/v2/health/\w+|/v2/models/\{name\}(/versions/\{version\})?/
 """Routes that are asked all the time."""
 MOST_LINES = 10_000
 """Of the log, that wait to be written."""
+PIPE = 4096
+"""Bytes that a pipe takes as a whole: other workers' lines don't get in between."""
+GATHER = 0.05
+"""Seconds after a line in which others are gathered: waking a thread for each one costs as much as making it."""
 NOWHERE = "(none)"
 """The route of a request that no endpoint answered."""
 GONE = 499
 """Status in the log of a request whose client left before the answer."""
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -57,7 +62,9 @@ class _Lines:
     """Lines to stderr from a thread of their own: whoever doesn't read them must not hold up the answers."""
 
     def __init__(self) -> None:
-        self._waiting: queue.Queue[bytes] = queue.Queue(MOST_LINES)
+        self._waiting: deque[bytes] = deque()
+        self._some = threading.Event()
+        self._busy = False
         self._lost = 0
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -69,26 +76,36 @@ class _Lines:
                     self._thread = threading.Thread(target=self._write, daemon=True, name="log")
                     self._thread.start()
                     atexit.register(self.flush)
-        if self._lost and not self._waiting.full():
-            line, self._lost = line | {"lines_lost": self._lost}, 0
-        try:
-            self._waiting.put_nowait(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        except queue.Full:
+        if len(self._waiting) >= MOST_LINES:
             self._lost += 1
+            return
+        if self._lost:
+            line, self._lost = line | {"lines_lost": self._lost}, 0
+        self._waiting.append(_encode(line).encode() + b"\n")
+        if not self._some.is_set():
+            self._some.set()
 
     def flush(self, seconds: float = 1.0) -> None:
         until = time.monotonic() + seconds
-        while self._waiting.unfinished_tasks and time.monotonic() < until:
+        while (self._waiting or self._busy) and time.monotonic() < until:
             time.sleep(0.005)
 
     def _write(self) -> None:
         while True:
-            line = self._waiting.get()
-            # Not through sys.stderr, whose lock would be held at the interpreter's end.
-            with contextlib.suppress(OSError):
-                while line:
-                    line = line[os.write(2, line) :]
-            self._waiting.task_done()
+            self._some.wait()
+            self._busy = True  # Before lines are taken, so that `flush` sees them either here or there.
+            self._some.clear()  # Before too: a line that comes from here on wakes again.
+            while self._waiting:
+                text = self._waiting.popleft()
+                # What a pipe takes as a whole isn't torn apart by what other workers write.
+                while self._waiting and len(text) + len(self._waiting[0]) <= PIPE:
+                    text += self._waiting.popleft()
+                # Not through sys.stderr, whose lock would be held at the interpreter's end.
+                with contextlib.suppress(OSError):
+                    while text:
+                        text = text[os.write(2, text) :]
+            self._busy = False
+            time.sleep(GATHER)
 
 
 _lines = _Lines()

@@ -20,7 +20,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -30,13 +29,11 @@ from starlette.routing import BaseRoute, Route
 
 from lesionflow import __version__
 from lesionflow.bundle import NOTICE
-from lesionflow.data.images import Pixels
 from lesionflow.errors import ClusterError, LesionflowError
 from lesionflow.serving import pages, triage
 from lesionflow.serving.access import Access
-from lesionflow.serving.graph import Floats, Graph
-from lesionflow.serving.predictor import Answer
-from lesionflow.serving.protocol import OUTPUTS, RequestError, parse, render
+from lesionflow.serving.graph import Graph
+from lesionflow.serving.protocol import OUTPUTS, RequestError, render
 from lesionflow.serving.service import VERSION, Service, read_body
 
 RETRY_SECONDS = 2.0
@@ -76,7 +73,10 @@ def application(service: Service, *, token: str | None = None) -> Starlette:
 
 
 def _routes() -> list[BaseRoute]:
+    models = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
     routes: list[BaseRoute] = [
+        # First, as a request goes through them in order.
+        *(Route(f"{model}/infer", _infer, methods=["POST"]) for model in models),
         Route("/v2", _server),
         Route("/v2/health/live", _live),
         Route("/v2/health/ready", _ready),
@@ -84,12 +84,8 @@ def _routes() -> list[BaseRoute]:
         *triage.routes(),
         *pages.routes(),
     ]
-    for model in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
-        routes += [
-            Route(model, _metadata),
-            Route(f"{model}/ready", _model_ready),
-            Route(f"{model}/infer", _infer, methods=["POST"]),
-        ]
+    for model in models:
+        routes += [Route(model, _metadata), Route(f"{model}/ready", _model_ready)]
     return routes
 
 
@@ -161,18 +157,11 @@ async def _metadata(request: Request) -> Response:
 
 async def _infer(request: Request) -> Response:
     service = _model(request)
-    limits = service.limits
     with service.admitted() as place:
-        body = await read_body(request, place, limits.body, "body")
+        body = await read_body(request, place, service.limits.body, "body")
         async with service.in_time():
-            header_length = request.headers.get("inference-header-content-length")
-            asked = await service.in_thread(parse, body, header_length, service.predictor.spec.size, limits)
-            pixels = asked.pixels
-            if pixels is None:
-                pixels = await service.decode(asked.images or [])
-            place.decoded()
-            outputs = await service.logits(pixels)
-            answers = await service.in_thread(_answers, service, pixels, *outputs)
+            asked = await service.read(body, request.headers.get("inference-header-content-length"))
+            answers = await service.answers(asked, place)
             service.answered([answer.band for answer in answers])
             request.state.lesions = len(answers)
             answer, json_length = render(asked, answers, request.path_params["name"], VERSION)
@@ -180,14 +169,6 @@ async def _infer(request: Request) -> Response:
         return Response(answer, media_type="application/json")
     headers = {"Inference-Header-Content-Length": str(json_length)}
     return Response(answer, media_type="application/octet-stream", headers=headers)
-
-
-def _answers(service: Service, pixels: Pixels, fold_logits: Floats, logit: Floats) -> list[Answer]:
-    seen = service.predictor.look(pixels) if service.looks else None
-    answers = service.predictor.answers(pixels, fold_logits, logit, seen)
-    if service.drift is not None:
-        service.observe(seen, {"image": logit.astype(np.float64)}, bands=[answer.band for answer in answers])
-    return answers
 
 
 def _service(request: Request) -> Service:

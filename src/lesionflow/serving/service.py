@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,16 +19,21 @@ from lesionflow.errors import ImageError, LesionflowError
 from lesionflow.serving.access import log
 from lesionflow.serving.batching import MEMORY, Batcher
 from lesionflow.serving.graph import Floats, available_cpus, lesions
-from lesionflow.serving.predictor import Predictor
-from lesionflow.serving.protocol import RequestError, ServiceLimits
+from lesionflow.serving.predictor import Answer, Predictor
+from lesionflow.serving.protocol import InferRequest, RequestError, ServiceLimits, parse
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from starlette.requests import Request
 
     from lesionflow.serving.drift import Drift
+    from lesionflow.serving.inputs import Doubles
     from lesionflow.serving.visit import Visits
 
 VERSION = "1"
+SMALL = 16_384
+"""Bytes of a body that is read at once: less work than handing it to a thread."""
 PIECE = 64
 """Pictures decoded before the graph gets them: it works on these while the next are decoded."""
 PIECE_PIXELS = 4_000_000
@@ -51,9 +58,10 @@ class Place:
         self.waits = True
 
     def decoded(self) -> None:
-        """The graph has its pictures, or never will."""
-        self.service.decoding -= self._decoding
-        self._decoding = False
+        """The graph has its pictures, or never will. From any thread."""
+        with self.service.lock:
+            self.service.decoding -= self._decoding
+            self._decoding = False
 
     def hold(self, count: int) -> None:
         """Raise `RequestError` if so many bytes more are too much beside all other requests'."""
@@ -61,6 +69,104 @@ class Place:
         self.service.held += count
         if self.service.held > self.service.limits.memory:
             raise RequestError("busy: too much is being received at one time", status=503, limit="memory", retry=1)
+
+
+class _Mail:
+    """Outcomes from any thread to those who await them on an event loop, which is woken once for all that are there."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._sent: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
+        self._called = False
+
+    def send(self, waiter: asyncio.Future[Any], result: Any, error: BaseException | None = None) -> None:
+        self._sent.append((waiter, result, error))
+        if not self._called:
+            self._called = True
+            with contextlib.suppress(RuntimeError):  # The loop has ended, and with it whoever waited.
+                self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False  # First, so that what is sent from here on calls again.
+        while self._sent:
+            waiter, result, error = self._sent.popleft()
+            if waiter.done():
+                continue  # Who waited has left.
+            if error is None:
+                waiter.set_result(result)
+            else:
+                waiter.set_exception(error)
+
+
+class _Asked:
+    """A request's pictures on their way to answers: one thread decodes them, and runs the graph too if it is free."""
+
+    def __init__(self, service: Service, place: Place, mail: _Mail) -> None:
+        self._service, self._place, self._mail = service, place, mail
+        self.waiter: asyncio.Future[list[Answer]] = mail.loop.create_future()
+        self.waiter.add_done_callback(self._left)
+        self._future: Future[tuple[Floats, Floats]] | None = None
+
+    def decode(self, images: Sequence[bytes], area: int) -> None:
+        """From the pictures to the end; `area` as the service counted it."""
+        service = self._service
+        try:
+            pixels = None if self.waiter.cancelled() else service.first_error(images, 0, *service._try(images, area))
+        except BaseException as error:
+            self._mail.send(self.waiter, None, error)
+            return
+        finally:
+            service.queue(-area)
+            self._place.decoded()
+        if pixels is not None:
+            self.run(pixels)
+
+    def run(self, pixels: Pixels) -> None:
+        """From pixels to the end."""
+        service = self._service
+        try:
+            # What the crops look like has nothing to do with the logits, so it doesn't hold up who waits for these.
+            seen = service.predictor.look(pixels) if service.looks else None
+            self._future = future = service.batcher.give(pixels, here=True)
+        except BaseException as error:
+            self._mail.send(self.waiter, None, error)
+            return
+        if self.waiter.cancelled():
+            future.cancel()
+        future.add_done_callback(lambda done: self._answer(done, pixels, seen))
+
+    def _answer(self, done: Future[tuple[Floats, Floats]], pixels: Pixels, seen: Mapping[str, Doubles] | None) -> None:
+        if done.cancelled():
+            return
+        try:
+            self._mail.send(self.waiter, self._service.answer(pixels, *done.result(), seen))
+        except BaseException as error:
+            self._mail.send(self.waiter, None, error)
+
+    def _left(self, waiter: asyncio.Future[list[Answer]]) -> None:
+        if waiter.cancelled() and self._future is not None:
+            self._future.cancel()
+
+
+class _InTime:
+    """`asyncio.timeout` that says what to do about it."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._timeout = service, asyncio.timeout(service.limits.time)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise RequestError(
+                f"not done after {self._service.limits.time:g} s: send fewer images at a time",
+                status=503, limit="time", retry=self._service.batcher.wait(1),
+            ) from None  # fmt: skip
 
 
 class Service:
@@ -79,6 +185,8 @@ class Service:
         """What the model is served as; the bundle's own name is answered too."""
         self.reason: str | None = "the reference lesions haven't been checked yet"
         """Why the service isn't ready; None once it is."""
+        self.lock = threading.Lock()
+        """For the counts that threads change."""
         self.pending = self.held = self.decoding = 0
         """Requests that were received, bytes held of all, and requests whose pictures the graph hasn't got yet."""
         self._queued, self._per_pixel = 0, 0.0
@@ -100,7 +208,9 @@ class Service:
         self.looks = self.drift is not None or bool(predictor.bundle.info.get("inputs"))
         """Whether anybody wants to know what the crops look like."""
         self._threads = max(2, available_cpus())
-        self._pool = ThreadPoolExecutor(self._threads, "service")
+        # One more for each batch that runs in a thread which decoded.
+        self._pool = ThreadPoolExecutor(self._threads + predictor.graph.parallel, "service")
+        self._mail: _Mail | None = None
 
     def check(self) -> None:
         """Become ready if the reference lesions are reproduced, else raise and be unready with the reason."""
@@ -127,17 +237,9 @@ class Service:
         except Exception as error:
             log("error", message="drift can't take this request in", error=type(error).__name__)
 
-    @asynccontextmanager
-    async def in_time(self) -> AsyncIterator[None]:
+    def in_time(self) -> _InTime:
         """What must be done before the request's time is over. Raises `RequestError` if it isn't."""
-        try:
-            async with asyncio.timeout(self.limits.time):
-                yield
-        except TimeoutError:
-            raise RequestError(
-                f"not done after {self.limits.time:g} s: send fewer images at a time",
-                status=503, limit="time", retry=self.batcher.wait(1),
-            ) from None  # fmt: skip
+        return _InTime(self)
 
     def answered(self, bands: Sequence[str | None]) -> None:
         """Lesions got these bands."""
@@ -154,7 +256,8 @@ class Service:
         wait = self.batcher.wait(1) + self.batcher.seconds * self.decoding
         if (wait := wait + self._queued * self._per_pixel / self._threads) > self.limits.wait:
             raise self._busy(f"about {wait:.1f} s of work are waiting", "wait")
-        self.decoding += 1
+        with self.lock:
+            self.decoding += 1
         place = Place(self)
         try:
             yield place
@@ -171,22 +274,53 @@ class Service:
     def _busy(self, why: str, limit: str) -> RequestError:
         return RequestError(f"busy, {why}: try again later", status=503, limit=limit, retry=self.batcher.wait(1))
 
-    async def logits(self, pixels: Pixels) -> tuple[Floats, Floats]:
-        """uint8 [B, S, S, 3] to (`fold_logits` [B, K], `logit` [B]), in batches with whatever else waits."""
-        return await asyncio.wrap_future(self.batcher.give(pixels))
+    async def read(self, body: bytes, header_length: str | None) -> InferRequest:
+        """An inference request's body. Raises `RequestError`."""
+        given = (body, header_length, self.predictor.spec.size, self.limits)
+        return parse(*given) if len(body) <= SMALL else await self.in_thread(parse, *given)
 
-    async def decode(self, images: Sequence[bytes]) -> Pixels:
-        """Encoded pictures to uint8 [B, S, S, 3]. Raises `RequestError` naming the first that can't be used."""
-        pieces = []
-        for rows, area in await self.in_thread(self._pieces, images):
-            pixels, found = await self._decoded(images[rows], area)
-            for place, error in found.items():
-                at = rows.start + place
-                limit = f"image.{error.limit}" if error.limit else None
-                where = f"image {at + 1} of {len(images)}"
-                raise RequestError(f"{where}: {error}", status=422, limit=limit, image=at)
-            pieces.append(pixels)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    async def answers(self, asked: InferRequest, place: Place) -> list[Answer]:
+        """What the model says, in batches with whatever else waits.
+
+        Raises `RequestError` naming the first picture that can't be used.
+        """
+        loop = asyncio.get_running_loop()
+        if self._mail is None or self._mail.loop is not loop:
+            self._mail = _Mail(loop)
+        job = _Asked(self, place, self._mail)
+        images, pixels = asked.images or [], asked.pixels
+        if pixels is None:
+            small = sum(map(len, images)) <= SMALL
+            pieces = self._pieces(images) if small else await self.in_thread(self._pieces, images)
+            if len(pieces) == 1:
+                area = pieces[0][1]
+                self.queue(area)
+                self._pool.submit(job.decode, images, area)
+                return await job.waiter
+            pixels = np.concatenate([
+                self.first_error(images, rows.start, *await self._decoded(images[rows], area)) for rows, area in pieces
+            ])  # fmt: skip
+        place.decoded()
+        self._pool.submit(job.run, pixels)
+        return await job.waiter
+
+    def answer(
+        self, pixels: Pixels, fold_logits: Floats, logit: Floats, seen: Mapping[str, Doubles] | None
+    ) -> list[Answer]:
+        """What the logits of a request's pictures mean; `seen`: what these look like. Takes them in for drift, too."""
+        answers = self.predictor.answers(pixels, fold_logits, logit, seen)
+        if self.drift is not None:
+            self.observe(seen, {"image": logit.astype(np.float64)}, bands=[answer.band for answer in answers])
+        return answers
+
+    def first_error(self, images: Sequence[bytes], start: int, pixels: Pixels, errors: dict[int, ImageError]) -> Pixels:
+        """The pixels of pictures from number `start` on. Raises `RequestError` for the first that can't be used."""
+        for place, error in errors.items():
+            at = start + place
+            limit = f"image.{error.limit}" if error.limit else None
+            where = f"image {at + 1} of {len(images)}"
+            raise RequestError(f"{where}: {error}", status=422, limit=limit, image=at)
+        return pixels
 
     async def usable(
         self, images: Sequence[bytes], place: Place
@@ -217,11 +351,16 @@ class Service:
         return [*pieces, (slice(start, len(images)), pixels)] if images else []
 
     async def _decoded(self, images: Sequence[bytes], area: int) -> tuple[Pixels, dict[int, ImageError]]:
-        self._queued += area
+        self.queue(area)
         try:
             return await self.in_thread(self._try, images, area)  # type: ignore[no-any-return]
         finally:
-            self._queued -= area
+            self.queue(-area)
+
+    def queue(self, area: int) -> None:
+        """So many pixels more wait to be decoded. From any thread."""
+        with self.lock:
+            self._queued += area
 
     def _try(self, images: Sequence[bytes], area: int) -> tuple[Pixels, dict[int, ImageError]]:
         size, errors, used = self.predictor.spec.size, dict[int, ImageError](), 0
@@ -253,17 +392,20 @@ async def read_body(request: Request, place: Place, limit: int, name: str) -> by
     """The body, refused as soon as it is known to be larger than `limit` (called `name`), or too much beside others."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestError("compressed bodies aren't read: send it plain, images are compressed already", status=415)
-    too_large = RequestError(
-        f"the body is larger than the limit of {limit:,} bytes: send fewer images at a time", status=413, limit=name
-    )
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced[:20]) > limit:
-        raise too_large
+        raise _too_large(limit, name)
     chunks = list[bytes]()
     async for chunk in request.stream():
         place.hold(len(chunk))
         if place.bytes > limit:
-            raise too_large
+            raise _too_large(limit, name)
         chunks.append(chunk)
     place.received()
     return b"".join(chunks)
+
+
+def _too_large(limit: int, name: str) -> RequestError:
+    return RequestError(
+        f"the body is larger than the limit of {limit:,} bytes: send fewer images at a time", status=413, limit=name
+    )

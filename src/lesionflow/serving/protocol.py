@@ -65,6 +65,9 @@ class ServiceLimits:
     """Of each image, before it is decoded."""
 
 
+_write = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
 class RequestError(LesionflowError):
     """A request that can't be answered.
 
@@ -175,7 +178,7 @@ def render(request: InferRequest, answers: Sequence[Answer], name: str, version:
         else:
             tensor["data"] = [v for row in values for v in row] if output == "fold_logits" else values
         head["outputs"].append(tensor)
-    text = json.dumps(head, separators=(",", ":"), allow_nan=False).encode()
+    text = _write(head).encode()
     return text + tail, len(text) if tail else None
 
 

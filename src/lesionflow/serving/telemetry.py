@@ -57,6 +57,8 @@ class Telemetry:
             multiprocess_mode="livemax", **own,
         )  # fmt: skip
         self._ready = Gauge(f"{prefix}_ready", "Workers that are ready.", **gauge)
+        self._known: dict[tuple[str, ...], Any] = {}
+        """Counters by name and labels: looking one up takes longer than counting with it."""
         self._lock = threading.Lock()
         self._told: dict[str, set[tuple[str, ...]]] = {}
         self._drifts: dict[str, Gauge] = {}
@@ -74,7 +76,7 @@ class Telemetry:
         def told(bands: Sequence[str | None]) -> None:
             answered(bands)
             for band in bands:
-                self._lesions.labels(band or "none").inc()
+                self._of(self._lesions, band or "none").inc()
 
         service.answered = told  # type: ignore[method-assign]
         service.batched = self._batched
@@ -86,14 +88,20 @@ class Telemetry:
     def ended(self, method: str, route: str, status: int, seconds: float, limit: str | None = None) -> None:
         """A request was answered, or its client left; `limit` names the one that refused it."""
         self._running.dec()
-        self._requests.labels(method, route, str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+        self._of(self._requests, method, route, str(status)).inc()
+        self._of(self._seconds, route).observe(seconds)
         if limit is not None:
             self.refused(limit)
 
     def refused(self, limit: str) -> None:
         """A request, or a connection, met this limit."""
         self._refused.labels(limit).inc()
+
+    def _of(self, counter: Any, *labels: str) -> Any:
+        key = (counter._name, *labels)
+        if (known := self._known.get(key)) is None:
+            known = self._known[key] = counter.labels(*labels)
+        return known
 
     def _batched(self, lesions: int, seconds: float) -> None:
         self._batches.observe(lesions)

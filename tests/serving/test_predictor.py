@@ -13,6 +13,8 @@ import pytest
 from lesionflow.bundle import Bundle, write_manifest
 from lesionflow.data.images import PreprocessSpec, to_batch
 from lesionflow.errors import DataError, GateRefused, ImageError
+from lesionflow.serving import graph as graphs
+from lesionflow.serving.graph import Graph
 from lesionflow.serving.predictor import Predictor, predict_files
 
 IDS = ["ISIC_0000003", "ISIC_0000001", "ISIC_0000002"]
@@ -191,3 +193,15 @@ print([m for m in ("torch", "torchvision", "timm", "lightning", "onnx", "matplot
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert len(rows(tmp_path / "s.csv")) == 3
+
+
+def test_a_light_graph_and_one_whose_threads_share_a_batch_say_the_same(bundle_dir, encode, monkeypatch):
+    pixels = to_batch([encode(n) for n in range(70)], PreprocessSpec(size=32))
+    shared, light = (Graph(Bundle.open(bundle_dir), 3, light=light) for light in (False, True))
+    assert (shared.parallel, light.parallel) == (1, 3)
+    for one, other in zip(shared.logits(pixels), light.logits(pixels), strict=True):
+        np.testing.assert_array_equal(one, other)
+    monkeypatch.setattr(graphs, "LIGHT", 10.0)
+    assert Graph(Bundle.open(bundle_dir), 3).parallel == 3
+    monkeypatch.setattr(graphs, "LIGHT", 0.0)
+    assert Graph(Bundle.open(bundle_dir), 3).parallel == 1

@@ -50,9 +50,21 @@ class _Job:
 class Batcher:
     """Pixels of any number of lesions in, their logits out, from any thread."""
 
-    def __init__(self, graph: Runs, models: int, batch: int, told: Callable[[int, float], None] | None = None) -> None:
-        """`graph` takes up to `batch` lesions at a time; `told` hears of each batch: lesions, seconds."""
+    def __init__(
+        self,
+        graph: Runs,
+        models: int,
+        batch: int,
+        told: Callable[[int, float], None] | None = None,
+        *,
+        least: int | None = None,
+    ) -> None:
+        """`graph` takes up to `batch` lesions at a time; `told` hears of each batch: lesions, seconds.
+
+        So few as `least` aren't spread over several calls that could run at one time; by default no batch is.
+        """
         self._graph, self._models, self._batch = graph, models, max(1, batch)
+        self._least = self._batch if least is None else least
         self._told = told
         self._jobs: deque[_Job] = deque()
         self._running = 0
@@ -122,7 +134,9 @@ class Batcher:
         ready = [job for job in self._jobs if job.given < len(job.pixels)]
         if not ready or self._running == self._graph.parallel:
             return []
-        pieces, room = [], self._batch
+        # None of the calls that could run takes all that waits, or it would still work when the others are done.
+        left = sum(len(job.pixels) - job.given for job in ready)
+        pieces, room = [], min(self._batch, max(self._least, -(-left // self._graph.parallel)))
         for position, job in enumerate(ready):
             # What is left of the batch, dealt out among those still to come.
             share = max(1, room // (len(ready) - position))

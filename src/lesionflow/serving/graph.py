@@ -1,12 +1,17 @@
 """The bundle's graph, running in this process on ONNX Runtime: pixels in, logits and maps out.
 
-Batches are cut into pieces of `GRAPH_BATCH` views, so memory stays bounded however many lesions come.
+Batches are cut into pieces of `GRAPH_BATCH` views, so memory stays bounded however many lesions come. A light graph
+works on each piece with one thread, on as many pieces at one time as there are threads: threads that share a piece
+spend a tenth of the CPU on each other. A heavy one has all threads work on one piece, so that nobody waits long.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +23,11 @@ from lesionflow.errors import DataError, UsageError, missing_extra
 GRAPH_BATCH = 16
 """Views per call: larger batches fall out of a CPU's cache and are slower (five lite0: 121/s at 16, 103/s at 64)."""
 
+TOGETHER = 4
+"""Views per call from which on larger calls cost no less of CPU for each."""
+LIGHT = 0.05
+"""Seconds that a light graph takes at most for one lesion with one thread."""
+
 VIEWS = {"none": 1, "flips": 4}
 """Views of a lesion that the graph averages, by the bundle's `tta`."""
 
@@ -27,11 +37,10 @@ Floats = NDArray[np.float32]
 class Graph:
     """A loaded graph. Safe to call from several threads."""
 
-    parallel = 1
-    """Calls worth running at one time: each uses all of its threads."""
-
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, *, light: bool | None = None) -> None:
         """Load the graph onto `threads` CPU threads, by default all that this process may use.
+
+        `light`: each call on one of them alone; by default where a lesion takes no longer than `LIGHT` so.
 
         Raises `DataError` if it can't be loaded or isn't what bundle.json says.
         """
@@ -45,18 +54,30 @@ class Graph:
         """Height and width of the class-activation maps, None if the graph gives none."""
         self._batch = lesions(bundle)
         data = bundle.read(GRAPH)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or available_cpus()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Idle threads would otherwise spin: much slower where cores are shared, no faster where they aren't.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors share no base of their own.
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{self._where}: can't be loaded ({reason}): export the bundle again") from None
+
+        def load(many: int) -> ort.InferenceSession:
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = many
+            options.inter_op_num_threads = 1
+            options.log_severity_level = 3
+            # Idle threads would otherwise spin: much slower where cores are shared, no faster where they aren't.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            try:
+                return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # onnxruntime's errors share no base of their own.
+                raise self._unusable(error) from None
+
+        threads = threads or available_cpus()
+        self.parallel = 1
+        """Calls worth running at one time."""
+        self._session = load(threads if light is False else 1)
         self._check()
+        if threads > 1 and light is not False:
+            if light or self._is_light():
+                self.parallel = threads
+            else:
+                self._session = load(threads)
+        self._pool = ThreadPoolExecutor(self.parallel, "graph piece")
 
     def logits(self, pixels: Pixels) -> tuple[Floats, Floats]:
         """uint8 [B, S, S, 3] to (`fold_logits` float32 [B, K], `logit` float32 [B]); B may be 0.
@@ -93,12 +114,36 @@ class Graph:
         """The outputs named in `shapes` (name -> shape of one lesion's), float32 [B, ...] each."""
         check_pixels(pixels, self._size)
         outputs = [np.empty((len(pixels), *shape), dtype=np.float32) for shape in shapes.values()]
-        for start in range(0, len(pixels), self._batch):
+
+        def run(start: int) -> None:
             rows = slice(start, start + self._batch)
             feed = {"image": np.ascontiguousarray(pixels[rows])}
             for output, found in zip(outputs, self._session.run(list(shapes), feed), strict=True):
                 output[rows] = found
+
+        starts = range(0, len(pixels), self._batch)
+        for _ in self._pool.map(run, starts) if len(starts) > 1 and self.parallel > 1 else map(run, starts):
+            pass
         return outputs
+
+    def _is_light(self) -> bool:
+        """Whether one thread is fast enough for a lesion. The fastest of a few runs counts: others were disturbed."""
+        pixels = np.zeros((1, self._size, self._size, 3), np.uint8)
+        fastest = math.inf
+        for _ in range(4):
+            started = time.perf_counter()
+            try:
+                self._session.run(None, {"image": pixels})
+            except Exception as error:
+                raise self._unusable(error) from None
+            fastest = min(fastest, time.perf_counter() - started)
+            if not LIGHT < fastest < 4 * LIGHT:
+                break
+        return fastest <= LIGHT
+
+    def _unusable(self, error: Exception) -> DataError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return DataError(f"{self._where}: can't be loaded ({reason}): export the bundle again")
 
     def _check(self) -> None:
         size = self._size

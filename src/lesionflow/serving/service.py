@@ -18,7 +18,7 @@ from lesionflow.data.images import Pixels, check_limits, inspect, to_pixels
 from lesionflow.errors import ImageError, LesionflowError
 from lesionflow.serving.access import log
 from lesionflow.serving.batching import MEMORY, Batcher
-from lesionflow.serving.graph import Floats, available_cpus, lesions
+from lesionflow.serving.graph import TOGETHER, Floats, Graph, available_cpus, lesions
 from lesionflow.serving.predictor import Answer, Predictor
 from lesionflow.serving.protocol import InferRequest, RequestError, ServiceLimits, parse
 
@@ -198,6 +198,7 @@ class Service:
         self.batcher = Batcher(
             predictor.graph, predictor.bundle.models, lesions(predictor.bundle),
             lambda count, seconds: self.batched(count, seconds),
+            least=TOGETHER if isinstance(predictor.graph, Graph) else None,
         )  # fmt: skip
         self.drift: Drift | None = None
         """What comes, held against the hold-out; None where the bundle says nothing of it."""
@@ -208,8 +209,9 @@ class Service:
         self.looks = self.drift is not None or bool(predictor.bundle.info.get("inputs"))
         """Whether anybody wants to know what the crops look like."""
         self._threads = max(2, available_cpus())
-        # One more for each batch that runs in a thread which decoded.
+        # A thread that has decoded may run the graph, and another takes its place; not more decode.
         self._pool = ThreadPoolExecutor(self._threads + predictor.graph.parallel, "service")
+        self._decoders = threading.Semaphore(self._threads)
         self._mail: _Mail | None = None
 
     def check(self) -> None:
@@ -363,6 +365,10 @@ class Service:
             self._queued += area
 
     def _try(self, images: Sequence[bytes], area: int) -> tuple[Pixels, dict[int, ImageError]]:
+        with self._decoders:
+            return self._try_now(images, area)
+
+    def _try_now(self, images: Sequence[bytes], area: int) -> tuple[Pixels, dict[int, ImageError]]:
         size, errors, used = self.predictor.spec.size, dict[int, ImageError](), 0
         pixels = np.empty((len(images), size, size, 3), dtype=np.uint8)
         started = time.perf_counter()

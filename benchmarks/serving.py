@@ -5,7 +5,8 @@ One bundle, one machine, one run. Every side answers for the same crops with the
     lesionflow   JPEG bytes in the protocol's binary form
     json         the original's contract: the protocol's FP32 tensor as JSON numbers, decoded and resized by the client
     litserve     JPEG bytes to LitServe with dynamic batching (with --litserve)
-    bare         decode + resize + batches of 16 through the runtime in one process: no server, the floor
+    bare         decode + resize + batches of 16 through the runtime in one process, on all cores: no server
+    bare of one  the same with batches of one, which is what a single client's crops can be at best
 
 Clients send one crop at a time and wait for its answer. Their work (sending bytes made beforehand) shares the cores
 with the server, so throughput is what this machine gives; CPU seconds are the server's own processes'.
@@ -59,7 +60,7 @@ from starlette.routing import Route
 from lesionflow.serving.graph import Graph
 from lesionflow.bundle import Bundle
 import json
-graph, turn = Graph(Bundle.open(Path(sys.argv[1]))), threading.Lock()
+graph, turn = Graph(Bundle.open(Path(sys.argv[1])), light=False), threading.Lock()
 def answer(body):
     tensor = json.loads(body)["inputs"][0]
     unit = np.asarray(tensor["data"], np.float32).reshape(tensor["shape"])
@@ -83,7 +84,7 @@ from lesionflow.serving.graph import Graph
 class Api(ls.LitAPI):
     def setup(self, device):
         self.bundle = Bundle.open(Path(sys.argv[1]))
-        self.graph = Graph(self.bundle)
+        self.graph = Graph(self.bundle, light=False)
     def decode_request(self, request):
         return to_pixels(request["content"].file.read(), self.bundle.spec)
     def batch(self, inputs):
@@ -173,16 +174,16 @@ def load(server: Server, clients: int, seconds: float, crops: int) -> Measured:
     return Measured(len(times) / took, p50, p99, cpu / count, sent / count, failed)
 
 
-def bare(bundle: Bundle, crops: list[bytes], seconds: float) -> Measured:
-    """Decode, resize and batches of 16, nothing else: what no server can do better than."""
-    graph, done, waited = Graph(bundle), 0, list[float]()
+def bare(bundle: Bundle, crops: list[bytes], seconds: float, batch: int, *, light: bool = False) -> Measured:
+    """Decode, resize and batches through the runtime, nothing else; all threads share a batch unless `light`."""
+    graph, done, waited = Graph(bundle, light=light), 0, list[float]()
     began, cpu = time.perf_counter(), time.process_time()
     while time.perf_counter() - began < seconds:
         started = time.perf_counter()
-        some = [crops[(done + n) % len(crops)] for n in range(GRAPH_BATCH)]
+        some = [crops[(done + n) % len(crops)] for n in range(batch)]
         graph.logits(to_batch(some, bundle.spec))
         waited.append(time.perf_counter() - started)
-        done += GRAPH_BATCH
+        done += batch
     p50, p99 = np.quantile(waited, [0.5, 0.99]).tolist()
     took, cpu = time.perf_counter() - began, time.process_time() - cpu
     return Measured(done / took, p50, p99, cpu / done, float(np.mean([len(crop) for crop in crops])), 0)
@@ -335,18 +336,20 @@ def main() -> None:
         print(f"{bundle.models} models of {bundle.spec.size} pixels, {len(crops)} crops, {os.cpu_count()} CPUs; ")
         print(f"first logit {expected.logit:.4f}; {options.seconds:g} s of load per line\n")
         print(
-            "| side | clients | crops/s | p50, ms | p99, ms | server CPU, ms a crop | to bare | bytes a crop | failed |"
+            "| side | clients | crops/s | p50, ms | p99, ms | server CPU, ms a crop | to bare | to bare of one |"
+            " bytes a crop | failed |"
         )
-        print("|---|---|---|---|---|---|---|---|---|")
-        floor = bare(bundle, crops, options.seconds)
+        print("|---|---|---|---|---|---|---|---|---|---|")
+        floor, single = (bare(bundle, crops, options.seconds, batch) for batch in (GRAPH_BATCH, 1))
         kept: dict[tuple[str, int], Measured] = {}
 
         def row(side: str, clients: int | str, one: Measured) -> None:
             times = f"{one.rate:.1f} | {1000 * one.p50:.1f} | {1000 * one.p99:.1f}"
-            costs = f"{1000 * one.cpu:.2f} | {one.cpu / floor.cpu:.2f} | {one.sent:,.0f} | {one.failed}"
-            print(f"| {side} | {clients} | {times} | {costs} |", flush=True)
+            costs = f"{1000 * one.cpu:.2f} | {one.cpu / floor.cpu:.2f} | {one.cpu / single.cpu:.2f}"
+            print(f"| {side} | {clients} | {times} | {costs} | {one.sent:,.0f} | {one.failed} |", flush=True)
 
-        row("bare, batches of 16", "", floor)
+        row(f"bare, batches of {GRAPH_BATCH}", "", floor)
+        row("bare, batches of one", "", single)
         sides: list[tuple[str, Callable, Callable]] = [
             ("lesionflow", lambda: ours(path, where), lambda: binary(crops, bundle.name)),
             ("json", lambda: started(JSON_SERVER, path, where), lambda: numbers(crops[:32], bundle)),
@@ -369,7 +372,10 @@ def main() -> None:
                     row(side, clients, kept[side, clients])
                 if side == "lesionflow":
                     seconds, cpu = triage(url, pid, crops, VISIT)
-        row("bare again", "", bare(bundle, crops, options.seconds))
+        row("bare again", "", bare(bundle, crops, options.seconds, GRAPH_BATCH))
+        row("bare of one again", "", bare(bundle, crops, options.seconds, 1))
+        # A thread to each batch, as the service has it where a graph is light.
+        row("bare, a thread a batch", "", bare(bundle, crops, options.seconds, GRAPH_BATCH, light=True))
         spent = f"{1000 * cpu:.2f} ms of CPU per lesion ({cpu / floor.cpu:.2f} of bare)"
         print(
             f"\n{VISIT} lesions in one request to /v1/triage: {seconds:.2f} s, {VISIT / seconds:.1f} a second, {spent}."

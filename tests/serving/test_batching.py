@@ -38,8 +38,8 @@ def crops(*values: int):
 def running():
     made = []
 
-    def start(graph, batch=4):
-        made.append(Batcher(graph, 2, batch))
+    def start(graph, batch=4, **more):
+        made.append(Batcher(graph, 2, batch, **more))
         return made[-1]
 
     yield start
@@ -129,3 +129,53 @@ def test_who_leaves_costs_no_work_and_takes_nobody_along(running):
     graph.go.set()
     assert last.result(5)[1] == 200 and batcher.waiting == 0
     assert graph.asked == [[1], [200]], "what nobody waits for isn't worked on"
+
+
+def test_a_free_graph_is_used_by_whoever_comes_and_a_busy_one_holds_nobody_up(running):
+    graph, threads = Slow(), []
+    logits = graph.logits
+    graph.logits = lambda pixels: (threads.append(threading.get_ident()), logits(pixels))[1]
+    batcher = running(graph)
+    assert batcher.give(crops(3), here=True).result(0)[1] == 3 and threads == [threading.get_ident()]
+    graph.go.clear()
+    first = batcher.give(crops(1))
+    while not batcher._jobs[0].given:
+        time.sleep(0.001)
+    second = batcher.give(crops(2), here=True)
+    assert not second.done()
+    graph.go.set()
+    assert [one.result(5)[1][0] for one in (first, second)] == [1, 2] and threading.get_ident() not in threads[1:]
+
+
+def test_a_request_that_its_asker_begins_uses_all_calls_that_may_run(running):
+    graph = Slow(parallel=2, seconds=0.05)
+    batcher = running(graph, batch=8, least=2)
+    batcher.give(crops(1), here=True).result(0)
+    assert batcher.give(crops(*range(8)), here=True).result(5)[1].tolist() == list(range(8))
+    assert [len(one) for one in graph.asked[1:]] == [4, 4]
+
+
+def test_the_next_batch_runs_while_the_last_one_s_asker_is_told(running):
+    graph = Slow()
+    batcher = running(graph, batch=1)
+    graph.go.clear()
+    futures, told = [batcher.give(crops(n)) for n in range(3)], threading.Event()
+    futures[0].add_done_callback(lambda done: told.wait(10))
+    graph.go.set()
+    deadline = time.monotonic() + 5
+    while len(graph.asked) < 3:
+        assert time.monotonic() < deadline, "the graph waits for the telling"
+        time.sleep(0.001)
+    told.set()
+    assert [one.result(5)[1][0] for one in futures] == [0, 1, 2]
+
+
+def test_what_the_graph_has_done_by_now_is_nothing_to_wait_for(running):
+    graph = Slow(seconds=0.2)
+    batcher = running(graph, batch=4)
+    batcher.give(crops(1, 2, 3, 4)).result(5)
+    batcher.give(crops(*range(4)))
+    before = batcher.soon(4)
+    time.sleep(0.1)
+    assert 0 < batcher.soon(4) < before <= 4 * batcher.seconds
+    assert batcher.soon(1) == 0, "one lesion gets its turn with the next batch"

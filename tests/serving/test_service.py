@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import time
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import httpx
@@ -253,6 +254,50 @@ def test_large_pictures_that_wait_to_be_decoded_count_in_the_wait_and_go_one_by_
     asyncio.run(busy())
     with idle.admitted():
         assert idle._queued == 0
+
+
+def test_a_burst_is_taken_and_what_goes_on_to_be_too_much_is_not_queued(bundle_dir, monkeypatch):
+    service = Service(Predictor(bundle_dir), ServiceLimits(burst=20))
+    service.reason, now = None, 0.0
+    monkeypatch.setattr("lesionflow.serving.service.time", SimpleNamespace(perf_counter=lambda: now))
+    service.batcher.seconds, service._alone = 0.01 * service.batcher.parallel, 0.02
+
+    def ask(waits: float) -> bool:
+        monkeypatch.setattr(service.batcher, "soon", lambda count: waits)
+        try:
+            with service.admitted():
+                return True
+        except RequestError as error:
+            assert error.limit == "wait" and "more is asked" in str(error)
+            return False
+
+    assert all(ask(waits=0.5) for _ in range(20)), "a burst waits as long as it must"
+    assert not ask(waits=0.5), "one too many, and the queue is as long"
+    assert ask(waits=0.01), "who hardly waits is always taken"
+    now = 0.3
+    assert ask(waits=0.5), "the burst is over"
+    for _ in range(600):  # Twice as much as can be answered.
+        now += 0.005
+        ask(waits=0.5)
+    assert not ask(waits=0.5)
+    now += 0.35
+    assert ask(waits=0.5), "it is forgotten as soon as twice a burst could have been answered"
+    service.close()
+
+
+def test_how_long_one_alone_takes_is_learned_from_those_who_were_alone(idle):
+    with idle.admitted() as place:
+        place.received()
+        time.sleep(0.02)
+        place.answered()
+    learned = idle._alone
+    assert learned >= 0.02
+    with idle.admitted() as first, idle.admitted() as second:
+        first.received()
+        second.received()
+        first.answered()
+        second.answered()
+    assert idle._alone == learned
 
 
 def test_bodies_that_are_slow_to_come_take_nobodys_place(idle):

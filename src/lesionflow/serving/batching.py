@@ -10,6 +10,7 @@ comes with `here` while the graph is free runs the batch itself, for waking anot
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -47,6 +48,9 @@ class _Job:
     failure: BaseException | None = None
 
 
+NOTHING: tuple[int, list[tuple[_Job, slice]]] = 0, []
+
+
 class Batcher:
     """Pixels of any number of lesions in, their logits out, from any thread."""
 
@@ -63,12 +67,14 @@ class Batcher:
 
         So few as `least` aren't spread over several calls that could run at one time; by default no batch is.
         """
-        self._graph, self._models, self._batch = graph, models, max(1, batch)
-        self._least = self._batch if least is None else least
+        self._graph, self._models, self.parallel = graph, models, graph.parallel
+        self.batch = max(1, batch)
+        self._least = self.batch if least is None else least
         self._told = told
         self._jobs: deque[_Job] = deque()
-        self._running = 0
-        """Batches that the graph works on."""
+        self._running: dict[int, tuple[float, int]] = {}
+        """Batches that the graph works on, by a number of their own: since when, and how many lesions."""
+        self._number = 0
         self._ended: deque[list[_Job]] = deque()
         """Jobs, by batch, whose askers are still to be told."""
         self._change = threading.Condition()
@@ -90,8 +96,15 @@ class Batcher:
         """Seconds that `count` more lesions would wait until the graph is free for them, as far as can be known."""
         with self._change:
             # Lesions are dealt out evenly, so of each job only about as many come first as there are to come.
-            ahead = sum(min(len(job.pixels) - job.done, max(count, self._batch)) for job in self._jobs)
-        return self.seconds * ahead / self._graph.parallel
+            ahead = sum(min(len(job.pixels) - job.done, max(count, self.batch)) for job in self._jobs)
+        return self.seconds * ahead / self.parallel
+
+    def soon(self, count: int) -> float:
+        """The same if `count` lesions would take turns with all the others, less what the graph has done by now."""
+        with self._change:
+            ahead = sum(min(len(job.pixels) - job.done, count) for job in self._jobs)
+            done = sum(many for _, many in self._running.values()) - self._unfinished()
+        return self.seconds * max(ahead - done, 0.0) / self.parallel
 
     def give(self, pixels: Pixels, *, here: bool = False) -> Future[tuple[Floats, Floats]]:
         """uint8 [B, S, S, 3] to a future of (`fold_logits` [B, K], `logit` [B]).
@@ -107,11 +120,11 @@ class Batcher:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
             self._jobs.append(job)
-            pieces = self._deal() if here else []
-            if not pieces and self._running < self._graph.parallel:
+            number, pieces = self._deal() if here else NOTHING
+            if not pieces and len(self._running) < self.parallel:
                 self._change.notify()
         if pieces:
-            ended = self._run(pieces)
+            ended = self._run(number, pieces)
             with self._change:
                 if any(one.given < len(one.pixels) for one in self._jobs):
                     self._change.notify()
@@ -126,52 +139,70 @@ class Batcher:
         for thread in self._threads:
             thread.join()
 
-    def _deal(self) -> list[tuple[_Job, slice]]:
-        """The next batch, a share of each job that waits; empty if none does or the graph is busy. Under the lock."""
+    def _deal(self) -> tuple[int, list[tuple[_Job, slice]]]:
+        """The next batch and its number, a share of each job that waits; empty if none does or the graph is busy.
+
+        Under the lock.
+        """
         for job in [job for job in self._jobs if job.future.cancelled()]:
             job.failed, job.given = True, len(job.pixels)  # Who asked has left: nobody waits for the answer.
             self._jobs.remove(job)
         ready = [job for job in self._jobs if job.given < len(job.pixels)]
-        if not ready or self._running == self._graph.parallel:
-            return []
-        # None of the calls that could run takes all that waits, or it would still work when the others are done.
+        if not ready or len(self._running) == self.parallel:
+            return NOTHING
         left = sum(len(job.pixels) - job.given for job in ready)
-        pieces, room = [], min(self._batch, max(self._least, -(-left // self._graph.parallel)))
+        # Calls that run at one time share what there is to do, or one would still work when the others are done.
+        share = math.ceil((left + self._unfinished()) / self.parallel)
+        pieces, room = [], min(self.batch, max(self._least, share))
         for position, job in enumerate(ready):
             # What is left of the batch, dealt out among those still to come.
-            share = max(1, room // (len(ready) - position))
-            count = min(share, len(job.pixels) - job.given, room)
+            count = min(max(1, room // (len(ready) - position)), len(job.pixels) - job.given, room)
             pieces.append((job, slice(job.given, job.given + count)))
             job.given += count
             room -= count
             if not room:
                 break
         self._jobs.rotate(-1)
-        self._running += 1
-        return pieces
+        if left > self._count(pieces) and len(self._running) + 1 < self.parallel:
+            self._change.notify()  # There is more, and the graph can take it.
+        self._number += 1
+        self._running[self._number] = time.perf_counter(), self._count(pieces)
+        return self._number, pieces
+
+    def _unfinished(self) -> float:
+        """Lesions that the graph works on and can't have done yet, as far as can be known. Under the lock."""
+        now = time.perf_counter()
+        return sum(
+            max(many - (now - since) / (self.seconds or math.inf), 0.0) for since, many in self._running.values()
+        )
+
+    @staticmethod
+    def _count(pieces: list[tuple[_Job, slice]]) -> int:
+        return sum(rows.stop - rows.start for _, rows in pieces)
 
     def _work(self) -> None:
         ended: list[_Job] = []
         while True:
             with self._change:
-                while not (pieces := self._deal()) and not ended:
+                while not (dealt := self._deal())[1] and not ended:
                     if self._ended:
                         ended = self._ended.popleft()
                     elif self._closed and not self._jobs:
                         return
                     else:
                         self._change.wait()
+                number, pieces = dealt
                 if pieces and ended:
                     # The graph comes first; another thread tells them.
                     self._ended.append(ended)
                     self._change.notify()
             if pieces:
-                ended = self._run(pieces)
+                ended = self._run(number, pieces)
             else:
                 self._tell(ended)
                 ended = []
 
-    def _run(self, pieces: list[tuple[_Job, slice]]) -> list[_Job]:
+    def _run(self, number: int, pieces: list[tuple[_Job, slice]]) -> list[_Job]:
         """Have the graph work on a batch; the jobs that are done with it."""
         pixels = [job.pixels[rows] for job, rows in pieces]
         found, failure, started = None, None, time.perf_counter()
@@ -191,7 +222,7 @@ class Batcher:
                 at = end
         ended = []
         with self._change:
-            self._running -= 1
+            del self._running[number]
             for job, rows in pieces:
                 if job.failed:
                     continue  # Another thread's piece of it was the one that failed, or who asked has left.

@@ -162,6 +162,7 @@ async def _infer(request: Request) -> Response:
         async with service.in_time():
             asked = await service.read(body, request.headers.get("inference-header-content-length"))
             answers = await service.answers(asked, place)
+            place.answered()
             service.answered([answer.band for answer in answers])
             request.state.lesions = len(answers)
             answer, json_length = render(asked, answers, request.path_params["name"], VERSION)

@@ -49,6 +49,8 @@ class ServiceLimits:
     """Bytes of all bodies and decoded pictures that are held at one time."""
     wait: float = 1.0
     """Seconds that a request may be expected to wait for the model before it is refused at once."""
+    burst: int = 64
+    """Lesions that may come at one time; where more come than can be answered, only what hardly waits is taken."""
     time: float = 300.0
     """Seconds that a request may take in all, from its last byte on."""
     headers: int = 32 * 1024

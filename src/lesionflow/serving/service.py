@@ -38,6 +38,8 @@ PIECE = 64
 """Pictures decoded before the graph gets them: it works on these while the next are decoded."""
 PIECE_PIXELS = 4_000_000
 """Pixels decoded at a time, unless one picture has more: nobody waits long behind another's large photographs."""
+PATIENCE = 0.5
+"""How long a request may wait while too many come, of the time that one alone takes."""
 PICTURE = 10_000
 """Pixels that a picture takes the time of beside its own."""
 
@@ -46,16 +48,28 @@ class Place:
     """A request that has begun, and what its body takes."""
 
     def __init__(self, service: Service) -> None:
-        self.service, self.bytes, self._decoding, self.waits = service, 0, True, False
+        self.service, self.bytes, self._decoding, self.waits = service, 0, False, False
+        self._alone: float | None = None
+        """When the body was there, if nobody else's was."""
 
     def received(self) -> None:
         """The body is there, so it waits for the model now: who sends slowly takes nobody's place.
 
         Raises `RequestError` if too many wait already.
         """
-        self.service.check_room()
-        self.service.pending += 1
-        self.waits = True
+        service = self.service
+        service.check_room()
+        if not service.pending:
+            self._alone = time.perf_counter()
+        with service.lock:
+            service.decoding += 1
+        service.pending += 1
+        self._decoding = self.waits = True
+
+    def answered(self) -> None:
+        """The request took as long as one takes, if it still is alone."""
+        if self._alone is not None and self.service.pending == 1:
+            self.service.took(time.perf_counter() - self._alone)
 
     def decoded(self) -> None:
         """The graph has its pictures, or never will. From any thread."""
@@ -191,6 +205,10 @@ class Service:
         """Requests that were received, bytes held of all, and requests whose pictures the graph hasn't got yet."""
         self._queued, self._per_pixel = 0, 0.0
         """Pixels that wait to be decoded, and the seconds that one has taken as of late."""
+        self._size, self._alone = 1.0, 0.0
+        """Lesions of an inference request, at most a batch, and seconds that one alone takes, as of late."""
+        self._asked, self._asked_at = 0.0, 0.0
+        """Lesions that would wait now if nobody had been refused, and when that was counted."""
         self.bands: Counter[str] = Counter()
         """Lesions answered so far, by band."""
         self.batched: Callable[[int, float], None] = lambda count, seconds: None
@@ -253,13 +271,9 @@ class Service:
         """A request's place among those that have begun. Raises `RequestError` where there is none."""
         if self.reason is not None:
             raise RequestError(f"not ready: {self.reason}", status=503, retry=2)
+        self._count(self._size)
         self.check_room()
-        # Of those that are being received or decoded at least one lesion each will come first.
-        wait = self.batcher.wait(1) + self.batcher.seconds * self.decoding
-        if (wait := wait + self._queued * self._per_pixel / self._threads) > self.limits.wait:
-            raise self._busy(f"about {wait:.1f} s of work are waiting", "wait")
-        with self.lock:
-            self.decoding += 1
+        self._check_wait()
         place = Place(self)
         try:
             yield place
@@ -272,6 +286,38 @@ class Service:
         """Raise `RequestError` if as many requests wait as may."""
         if self.pending >= self.limits.requests:
             raise self._busy(f"{self.pending} requests are waiting", "requests")
+
+    def _check_wait(self) -> None:
+        """Raise `RequestError` if so much waits that another request would wait too long."""
+        batcher, decoding = self.batcher, self._queued * self._per_pixel / self._threads
+        # Of those that are being decoded at least one lesion each will come first.
+        if (wait := batcher.wait(1) + batcher.seconds * self.decoding + decoding) > self.limits.wait:
+            raise self._busy(f"about {wait:.1f} s of work are waiting", "wait")
+        # A queue helps over a burst. If more comes than can be answered, it only makes everybody wait.
+        if self._asked > self.limits.burst:
+            each = batcher.seconds * self._size / batcher.parallel
+            wait = batcher.soon(round(self._size)) + each * self.decoding + decoding
+            if wait > PATIENCE * (self._alone or each):
+                raise self._busy("more is asked than can be answered", "wait")
+
+    def _count(self, lesions: float) -> None:
+        """Count lesions in what would wait now."""
+        now = time.perf_counter()
+        if self.batcher.seconds:
+            done = (now - self._asked_at) * self.batcher.parallel / self.batcher.seconds
+            # It may be twice a burst, so that it takes no longer than that to forget.
+            self._asked = min(max(self._asked - done, 0.0) + lesions, 2.0 * self.limits.burst)
+        self._asked_at = now
+
+    def _sized(self, lesions: int) -> None:
+        """An inference request turned out to have so many lesions."""
+        size = min(lesions, self.batcher.batch)
+        self._count(size - self._size)
+        self._size += (1 - MEMORY) * (size - self._size)
+
+    def took(self, seconds: float) -> None:
+        """A request that was alone took so long."""
+        self._alone = MEMORY * self._alone + (1 - MEMORY) * seconds if self._alone else seconds
 
     def _busy(self, why: str, limit: str) -> RequestError:
         return RequestError(f"busy, {why}: try again later", status=503, limit=limit, retry=self.batcher.wait(1))
@@ -291,6 +337,7 @@ class Service:
             self._mail = _Mail(loop)
         job = _Asked(self, place, self._mail)
         images, pixels = asked.images or [], asked.pixels
+        self._sized(len(images) if pixels is None else len(pixels))
         if pixels is None:
             small = sum(map(len, images)) <= SMALL
             pieces = self._pieces(images) if small else await self.in_thread(self._pieces, images)

@@ -253,14 +253,14 @@ def test_large_pictures_that_wait_to_be_decoded_count_in_the_wait_and_go_one_by_
 
     asyncio.run(busy())
     with idle.admitted():
-        assert idle._queued == 0
+        assert idle.admission._queued == 0
 
 
 def test_a_burst_is_taken_and_what_goes_on_to_be_too_much_is_not_queued(bundle_dir, monkeypatch):
     service = Service(Predictor(bundle_dir), ServiceLimits(burst=20))
     service.reason, now = None, 0.0
-    monkeypatch.setattr("lesionflow.serving.service.time", SimpleNamespace(perf_counter=lambda: now))
-    service.batcher.seconds, service._alone = 0.01 * service.batcher.parallel, 0.02
+    monkeypatch.setattr("lesionflow.serving.admission.time", SimpleNamespace(perf_counter=lambda: now))
+    service.batcher.seconds, service.admission._alone = 0.01 * service.batcher.parallel, 0.02
 
     def ask(waits: float) -> bool:
         monkeypatch.setattr(service.batcher, "soon", lambda count: waits)
@@ -290,14 +290,14 @@ def test_how_long_one_alone_takes_is_learned_from_those_who_were_alone(idle):
         place.received()
         time.sleep(0.02)
         place.answered()
-    learned = idle._alone
+    learned = idle.admission._alone
     assert learned >= 0.02
     with idle.admitted() as first, idle.admitted() as second:
         first.received()
         second.received()
         first.answered()
         second.answered()
-    assert idle._alone == learned
+    assert idle.admission._alone == learned
 
 
 def test_bodies_that_are_slow_to_come_take_nobodys_place(idle):
@@ -308,7 +308,7 @@ def test_bodies_that_are_slow_to_come_take_nobodys_place(idle):
         for refused in (slow[3].received, lambda: stack.enter_context(idle.admitted())):
             with pytest.raises(RequestError, match="3 requests are waiting"):
                 refused()
-    assert idle.pending == idle.held == idle.decoding == 0
+    assert idle.admission.pending == idle.admission.held == idle.admission.decoding == 0
 
 
 def test_what_a_library_warns_of_is_a_line_that_quotes_nothing(start, bundle_dir):

@@ -32,9 +32,10 @@ from lesionflow.bundle import NOTICE
 from lesionflow.errors import ClusterError, LesionflowError
 from lesionflow.serving import pages, triage
 from lesionflow.serving.access import Access
+from lesionflow.serving.admission import read_body
 from lesionflow.serving.graph import Graph
 from lesionflow.serving.protocol import OUTPUTS, RequestError, render
-from lesionflow.serving.service import VERSION, Service, read_body
+from lesionflow.serving.service import VERSION, Service
 
 RETRY_SECONDS = 2.0
 """Between two checks while a remote predictor isn't there yet."""

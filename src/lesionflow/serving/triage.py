@@ -28,10 +28,11 @@ from lesionflow.bundle import NOTICE, probability_interval
 from lesionflow.data.images import Pixels
 from lesionflow.data.schema import TEST_COLUMNS
 from lesionflow.errors import ImageError
+from lesionflow.serving.admission import Place, read_body
 from lesionflow.serving.graph import Floats
 from lesionflow.serving.predictor import Answer
 from lesionflow.serving.protocol import RequestError, ServiceLimits
-from lesionflow.serving.service import Place, Service, read_body
+from lesionflow.serving.service import Service
 from lesionflow.serving.visitrequest import WITHHELD, Asked, of_form, of_json
 
 if TYPE_CHECKING:

@@ -1,0 +1,164 @@
+"""Who is let in: what waits and is held now, and whether one more request would wait too long."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lesionflow.serving.batching import MEMORY, Batcher
+from lesionflow.serving.protocol import RequestError, ServiceLimits
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+PATIENCE = 0.5
+"""How long a request may wait while too many come, of the time that one alone takes."""
+
+
+class Admission:
+    """The counts that limits are held against, and the limits."""
+
+    def __init__(self, limits: ServiceLimits, batcher: Batcher, decoders: int) -> None:
+        """`decoders`: threads that decode at one time."""
+        self.limits, self._batcher, self._decoders = limits, batcher, decoders
+        self.lock = threading.Lock()
+        """For the counts that threads change."""
+        self.pending = self.held = self.decoding = 0
+        """Requests that were received, bytes held of all, and requests whose pictures the graph hasn't got yet."""
+        self._queued, self._per_pixel = 0, 0.0
+        """Pixels that wait to be decoded, and the seconds that one has taken as of late."""
+        self._size, self._alone = 1.0, 0.0
+        """Lesions of an inference request, at most a batch, and seconds that one alone takes, as of late."""
+        self._asked, self._asked_at = 0.0, 0.0
+        """Lesions that would wait now if nobody had been refused, and when that was counted."""
+
+    @contextmanager
+    def admitted(self) -> Iterator[Place]:
+        """A request's place among those that have begun. Raises `RequestError` where there is none."""
+        self._count(self._size)
+        self.check_room()
+        self._check_wait()
+        place = Place(self)
+        try:
+            yield place
+        finally:
+            self.pending -= place.waits
+            self.held -= place.bytes
+            place.decoded()
+
+    def check_room(self) -> None:
+        """Raise `RequestError` if as many requests wait as may."""
+        if self.pending >= self.limits.requests:
+            raise self._busy(f"{self.pending} requests are waiting", "requests")
+
+    def _check_wait(self) -> None:
+        """Raise `RequestError` if so much waits that another request would wait too long."""
+        batcher, decoding = self._batcher, self._queued * self._per_pixel / self._decoders
+        # Of those that are being decoded at least one lesion each will come first.
+        if (wait := batcher.wait(1) + batcher.seconds * self.decoding + decoding) > self.limits.wait:
+            raise self._busy(f"about {wait:.1f} s of work are waiting", "wait")
+        # A queue helps over a burst. If more comes than can be answered, it only makes everybody wait.
+        if self._asked > self.limits.burst:
+            each = batcher.seconds * self._size / batcher.parallel
+            wait = batcher.soon(round(self._size)) + each * self.decoding + decoding
+            if wait > PATIENCE * (self._alone or each):
+                raise self._busy("more is asked than can be answered", "wait")
+
+    def _count(self, lesions: float) -> None:
+        """Count lesions in what would wait now."""
+        now = time.perf_counter()
+        if self._batcher.seconds:
+            done = (now - self._asked_at) * self._batcher.parallel / self._batcher.seconds
+            # It may be twice a burst, so that it takes no longer than that to forget.
+            self._asked = min(max(self._asked - done, 0.0) + lesions, 2.0 * self.limits.burst)
+        self._asked_at = now
+
+    def sized(self, lesions: int) -> None:
+        """An inference request turned out to have so many lesions."""
+        size = min(lesions, self._batcher.batch)
+        self._count(size - self._size)
+        self._size += (1 - MEMORY) * (size - self._size)
+
+    def took(self, seconds: float) -> None:
+        """A request that was alone took so long."""
+        self._alone = MEMORY * self._alone + (1 - MEMORY) * seconds if self._alone else seconds
+
+    def queue(self, area: int) -> None:
+        """So many pixels more wait to be decoded. From any thread."""
+        with self.lock:
+            self._queued += area
+
+    def decoded(self, area: int, seconds: float) -> None:
+        """So many pixels took so long to decode."""
+        took = seconds / area
+        self._per_pixel = MEMORY * self._per_pixel + (1 - MEMORY) * took if self._per_pixel else took
+
+    def _busy(self, why: str, limit: str) -> RequestError:
+        return RequestError(f"busy, {why}: try again later", status=503, limit=limit, retry=self._batcher.wait(1))
+
+
+class Place:
+    """A request that has begun, and what its body takes."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.admission, self.bytes, self._decoding, self.waits = admission, 0, False, False
+        self._alone: float | None = None
+        """When the body was there, if nobody else's was."""
+
+    def received(self) -> None:
+        """The body is there, so it waits for the model now: who sends slowly takes nobody's place.
+
+        Raises `RequestError` if too many wait already.
+        """
+        admission = self.admission
+        admission.check_room()
+        if not admission.pending:
+            self._alone = time.perf_counter()
+        with admission.lock:
+            admission.decoding += 1
+        admission.pending += 1
+        self._decoding = self.waits = True
+
+    def answered(self) -> None:
+        """The request took as long as one takes, if it still is alone."""
+        if self._alone is not None and self.admission.pending == 1:
+            self.admission.took(time.perf_counter() - self._alone)
+
+    def decoded(self) -> None:
+        """The graph has its pictures, or never will. From any thread."""
+        with self.admission.lock:
+            self.admission.decoding -= self._decoding
+            self._decoding = False
+
+    def hold(self, count: int) -> None:
+        """Raise `RequestError` if so many bytes more are too much beside all other requests'."""
+        self.bytes += count
+        self.admission.held += count
+        if self.admission.held > self.admission.limits.memory:
+            raise RequestError("busy: too much is being received at one time", status=503, limit="memory", retry=1)
+
+
+async def read_body(request: Request, place: Place, limit: int, name: str) -> bytes:
+    """The body, refused as soon as it is known to be larger than `limit` (called `name`), or too much beside others."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise RequestError("compressed bodies aren't read: send it plain, images are compressed already", status=415)
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced[:20]) > limit:
+        raise _too_large(limit, name)
+    chunks = list[bytes]()
+    async for chunk in request.stream():
+        place.hold(len(chunk))
+        if place.bytes > limit:
+            raise _too_large(limit, name)
+        chunks.append(chunk)
+    place.received()
+    return b"".join(chunks)
+
+
+def _too_large(limit: int, name: str) -> RequestError:
+    return RequestError(
+        f"the body is larger than the limit of {limit:,} bytes: send fewer images at a time", status=413, limit=name
+    )

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lesionflow import keys
 from lesionflow.data.folds import Folds
@@ -24,6 +26,7 @@ from lesionflow.data.store import Store
 from lesionflow.errors import UsageError
 from lesionflow.evaluation.metrics import pauc
 from lesionflow.keys import file_hash
+from lesionflow.models.image import LesionModule, preprocess_spec
 from lesionflow.recipe import Recipe
 from lesionflow.training import launch, resume
 
@@ -117,6 +120,20 @@ def torchrun(run: Path, processes: int, *options: str) -> list[str]:
     return [*launcher, str(WORKER), str(run), "--folds", "0", *options]
 
 
+def forget(run: Path, *names: str) -> None:
+    for name in names:
+        (run / "fold-0" / name).unlink()
+
+
+def back_to_the_last_checkpoint(run: Path) -> None:
+    """Leave a checkpoint of the last step that ends in the weights that are there."""
+    recipe, sampler, folder = Recipe.load(run / "recipe.toml"), sampler_of(run), run / "fold-0" / "model-0"
+    module = LesionModule(recipe, preprocess_spec(recipe), sampler, seed=0)
+    module.average.module.load_state_dict(load_file(folder / "weights.safetensors"))
+    module.step = sampler.steps
+    resume.save(folder, module, torch.optim.SGD(module.network.parameters()), identity_of(run))
+
+
 def test_two_processes_train_on_the_global_order_of_one_and_score_bit_for_bit_as_one(run: Path) -> None:
     launch.run_children([torchrun(run, 2)], run, [0], at_once=1, threads=1)
     sampler, ranks = sampler_of(run), [shown(run, 0), shown(run, 1)]
@@ -129,10 +146,14 @@ def test_two_processes_train_on_the_global_order_of_one_and_score_bit_for_bit_as
     store = Store.open(run / "store")
     assert oof["isic_id"].to_list() == [store.ids[r] for r in folds.held_out_rows(0)]
     assert np.isfinite(oof["logit"].to_numpy()).all()
-    for name in ("oof", "holdout"):
-        (run / "fold-0" / f"{name}.parquet").unlink()
+    forget(run, "oof.parquet", "holdout.parquet")
     assert work(run).wait(120) == 0
     assert pl.read_parquet(run / "fold-0" / "oof.parquet").equals(oof), "the same weights, scored by one process"
+    # As after a kill between the last checkpoint and the weights: there is nothing left to train.
+    back_to_the_last_checkpoint(run)
+    forget(run, "oof.parquet", "holdout.parquet", "model-0/weights.safetensors")
+    launch.run_children([torchrun(run, 2, "slow-end")], run, [0], at_once=1, threads=1)
+    assert pl.read_parquet(run / "fold-0" / "oof.parquet").equals(oof), "no rank went ahead of the one that writes"
 
 
 def test_without_batch_normalisation_two_processes_end_where_one_does(run: Path) -> None:

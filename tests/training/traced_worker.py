@@ -1,9 +1,9 @@
 """The real training worker, which also writes down the rows each rank shows: `trace-<rank>.csv` in the run.
 
-python traced_worker.py RUN --folds 0 [slowly] [slow-scoring] [nan=STEP]
+python traced_worker.py RUN --folds 0 [slowly] [slow-scoring] [slow-end] [nan=STEP]
 
-`slow-scoring` takes half a second for each batch that is scored, and leaves a file `scoring` as it begins; `nan` spoils
-the loss of that step.
+`slow-scoring` takes half a second for each batch that is scored, and leaves a file `scoring` as it begins; `slow-end`
+takes a second before the weights are written; `nan` spoils the loss of that step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from lesionflow.training import run, scoring
 if __name__ == "__main__":
     slowly = "slowly" in sys.argv
     spoilt = next((int(a.removeprefix("nan=")) for a in sys.argv if a.startswith("nan=")), None)
-    arguments = [a for a in sys.argv[1:] if a not in ("slowly", "slow-scoring") and not a.startswith("nan=")]
+    arguments = [
+        a for a in sys.argv[1:] if a not in ("slowly", "slow-scoring", "slow-end") and not a.startswith("nan=")
+    ]
     trace = Path(arguments[0]) / f"trace-{os.environ.get('RANK', '0')}.csv"
     step = LesionModule.training_step
 
@@ -42,4 +44,12 @@ if __name__ == "__main__":
             return plain(*of)
 
         scoring.gather = slow
+    if "slow-end" in sys.argv:
+        encode = run.to_safetensors
+
+        def slow_end(*of: Any, **more: Any) -> bytes:
+            time.sleep(1)
+            return encode(*of, **more)
+
+        run.to_safetensors = slow_end
     sys.exit(run.main(arguments))

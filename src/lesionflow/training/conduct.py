@@ -27,8 +27,9 @@ from lesionflow.errors import Preempted, UsageError
 from lesionflow.keys import write_json
 from lesionflow.models.image import LesionModule
 from lesionflow.training import resume
-from lesionflow.training.scoring import Interrupted, any_rank, everyone
-from lesionflow.training.status import Progress, tell_joined, write_progress
+from lesionflow.training.ranks import any_rank, everyone
+from lesionflow.training.scoring import Interrupted
+from lesionflow.training.status import Progress, write_progress
 
 CURVE_COLUMNS = (
     "fold",
@@ -118,7 +119,6 @@ class Conductor(L.Callback):
                 f"fold {self.fold}: the processes found different checkpoints (of steps {steps}): see that all have "
                 "the same volume, and start again"
             )
-        tell_joined()
         # In place of Lightning's own handler, which broadcasts from inside the signal and so deadlocks.
         self.stop.listen()
         if trainer.is_global_zero:

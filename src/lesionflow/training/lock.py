@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lesionflow.errors import Preempted, UsageError
-from lesionflow.training.scoring import rank
+from lesionflow.training.ranks import rank
 from lesionflow.training.status import OPERATED
 
 LOCK_PATIENCE = 120.0

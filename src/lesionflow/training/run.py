@@ -37,23 +37,15 @@ from lesionflow.data.sampler import Sampler
 from lesionflow.data.store import Store
 from lesionflow.errors import DataError, LesionflowError, Preempted, UsageError
 from lesionflow.keys import atomic, fold_identity, model_identity, planned_keys
-from lesionflow.models.image import LesionModule, preprocess_spec
+from lesionflow.models.image import LesionModule, build, preprocess_spec
 from lesionflow.recipe import Recipe
 from lesionflow.training import resume
 from lesionflow.training.conduct import Conductor, Stop
 from lesionflow.training.lock import locked
 from lesionflow.training.lost import lost_loader, lost_peer
+from lesionflow.training.ranks import any_rank, barrier, by_rank_0, device, joined, rank, share
 from lesionflow.training.scores import write_scores
-from lesionflow.training.scoring import (
-    Interrupted,
-    any_rank,
-    barrier,
-    device,
-    load_network,
-    rank,
-    score,
-    weights_identity,
-)
+from lesionflow.training.scoring import Interrupted, load_network, score, weights_identity
 from lesionflow.training.status import Progress, report
 from lesionflow.training.validation import sample
 
@@ -85,10 +77,13 @@ def train_folds(run: Path, wanted: Sequence[int], *, anew: bool = False, show: S
     _hush_lightning()
     with Stop.listening() as stop:
         left = [fold for fold in wanted if not _is_scored(run / f"fold-{fold}", fold_identity(key, fold))]
-        cache = _cache(recipe, store, folds, stop, show) if left else None
-        for fold in left:
-            with locked(run / f"fold-{fold}"):
-                _train_fold(_Fold(run, key, recipe, store, folds, fold, stop, show, anew, cache))
+        if not left:
+            return
+        cache = _cache(recipe, store, folds, stop, show)
+        with joined():
+            for fold in left:
+                with locked(run / f"fold-{fold}"):
+                    _train_fold(_Fold(run, key, recipe, store, folds, fold, stop, show, anew, cache))
 
 
 def _cache(recipe: Recipe, store: Store, folds: Folds, stop: Stop, show: Show | None) -> PixelCache | None:
@@ -153,7 +148,7 @@ def _train_fold(fold: _Fold) -> None:
     """All models of one fold, then the mean of their logits on its held-out lesions and on the hold-out."""
     members = range(fold.recipe.model.per_fold)
     identity = fold_identity(fold.key, fold.number)
-    if _is_scored(fold.out, identity):
+    if by_rank_0(_is_scored(fold.out, identity)):
         return
     spec, tta = preprocess_spec(fold.recipe), fold.recipe.training.tta
     rows = np.concatenate([fold.held_out, fold.folds.holdout_rows()])
@@ -162,7 +157,9 @@ def _train_fold(fold: _Fold) -> None:
         weights = _train_model(fold, model)
         if any_rank(fold.stop.asked):
             raise Preempted(f"fold {fold.number}: stopped after model {model} was saved; run again to go on")
-        network = load_network(weights, fold.recipe).to(device())
+        # Not each rank from the file: on a shared volume a new one can take a minute to be seen everywhere.
+        network = load_network(weights, fold.recipe) if rank() == 0 else build(fold.recipe.model, pretrained=False)
+        share(network.to(device()))
         try:
             logits += score(network, fold.store, rows, spec, tta, fold.cache, lambda: fold.stop.asked)
         except Interrupted:
@@ -183,7 +180,7 @@ def _train_model(fold: _Fold, model: int) -> Path:
     recipe, store, identity, seed = fold.recipe, fold.store, fold.identity(model), fold.seed(model)
     out = fold.out / f"model-{model}"
     weights = out / "weights.safetensors"
-    if weights.exists() and weights_identity(weights) == identity:
+    if by_rank_0(weights_identity(weights) == identity):
         return weights
     state = resume.load(out, identity, anew=fold.anew)
     barrier()  # Every rank has looked before rank 0 removes or writes anything.

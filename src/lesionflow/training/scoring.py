@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -24,6 +21,7 @@ from lesionflow.errors import DataError
 from lesionflow.keys import model_identity, planned_keys
 from lesionflow.models.image import build
 from lesionflow.recipe import Recipe
+from lesionflow.training.ranks import any_rank_at, gathered, rank, world_size
 
 BATCH = 64
 """Lesions scored at a time."""
@@ -31,32 +29,6 @@ BATCH = 64
 
 class Interrupted(Exception):
     """A rank was told to stop while lesions were scored."""
-
-
-def rank() -> int:
-    """This process's place among all of the training's, 0 if it is alone."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is up on any rank; the same answer on all."""
-    if not dist.is_initialized():
-        return flag
-    return True in everyone(flag)
-
-
-def everyone(value: Any) -> set[Any]:
-    """The values that the ranks have, the same set on all."""
-    if not dist.is_initialized():
-        return {value}
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return set(values)
 
 
 def load_network(weights: Path, recipe: Recipe) -> torch.nn.Module:
@@ -112,40 +84,20 @@ def score(
     """
     network.eval()
     where = next(network.parameters()).device
-    world = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_initialized() else 1
+    world = world_size()
     starts = range(0, len(rows), BATCH)
     common = len(starts) // world  # Batches that every rank has.
     own: dict[int, NDArray[np.float32]] = {}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for number, start in enumerate(starts[rank() :: world] if world > 1 else starts):
-            if asked is not None and number < common and _any(asked(), where):
+            if asked is not None and number < common and any_rank_at(where, asked()):
                 raise Interrupted
             images = torch.from_numpy(gather(store, rows[start : start + BATCH], spec, cache))
             x = normalise(images.to(where), spec).contiguous(memory_format=torch.channels_last)
             views = [x, x.flip(3), x.flip(2), x.flip((2, 3))] if tta == "flips" else [x]
             own[start] = torch.stack([network(v)[:, 0].float() for v in views]).mean(0).cpu().numpy()
-    gathered: list[Any] = [own]
-    if world > 1:
-        gathered *= world
-        dist.all_gather_object(gathered, own)
     logits = np.empty(len(rows))
-    for part in gathered:
+    for part in gathered(own):
         for start, values in part.items():
             logits[start : start + len(values)] = values
     return logits
-
-
-def _any(flag: bool, where: torch.device) -> bool:
-    """`any_rank` as a tensor: it is asked for every batch."""
-    if not dist.is_initialized():
-        return flag
-    shared = torch.tensor(float(flag), device=where)
-    dist.all_reduce(shared)
-    return shared.item() > 0
-
-
-def device() -> torch.device:
-    """This rank's GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")

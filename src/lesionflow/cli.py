@@ -504,8 +504,8 @@ def serve(
     With --predictor-host it decodes and calibrates, and Triton runs the graph. The options that KServe
     adds to a transformer's command (--model_name, --predictor_host, --http_port, ...) are understood.
 
-    Limits: body, images, visit_body, visit, heatmaps, requests, memory, wait, time, headers, head_time, rate, idle,
-    connections, image.bytes, image.pixels, image.side, image.min_side, image.scans; docs/serving.md says of what.
+    Limits: body, images, visit_body, visit, heatmaps, requests, memory, wait, burst, time, headers, head_time, rate,
+    idle, connections, image.bytes, image.pixels, image.side, image.min_side, image.scans; docs/serving.md says of what.
 
     Example: lesionflow serve runs/first/bundle --port 8080
     """

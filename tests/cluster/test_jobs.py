@@ -390,6 +390,7 @@ def test_whoever_stops_watching_leaves_the_job_running(cluster, number):
     place = cluster.place()
     lines = []
     before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell has what runs in its background ignore it.
 
     def tell(line):
         lines.append(line)

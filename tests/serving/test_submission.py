@@ -264,8 +264,9 @@ def run_offline(folder: Path, data: Path, scratch: Path, packages: Path, *, pip:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     where = subprocess.run(
-        [python, "-c", "import lesionflow; print(lesionflow.__file__)"], capture_output=True, text=True, check=True
-    )
+        [python, "-c", "import lesionflow; print(lesionflow.__file__)"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     assert where.stdout.startswith(str(python.parents[1])), "the wheel of the folder is what ran"
     return (working / "done.ipynb").read_text()
 

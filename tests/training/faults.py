@@ -36,7 +36,7 @@ from lesionflow.training import resume
 
 TOY = [
     "sampling.negatives=1", "training.batch_size=8", "training.epochs=20", "training.checkpoint_every=1",
-    "training.checkpoint_cost=1",
+    "training.checkpoint_cost=1", "model.backbone=mobilenetv3_small_050",
     "training.validate_every=0", "training.precision=fp32", "image.size=32", "model.weights=none", "folds.holdout=0",
 ]  # fmt: skip
 HANG = 60.0

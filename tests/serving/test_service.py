@@ -261,28 +261,42 @@ def test_a_burst_is_taken_and_what_goes_on_to_be_too_much_is_not_queued(bundle_d
     service.reason, now = None, 0.0
     monkeypatch.setattr("lesionflow.serving.admission.time", SimpleNamespace(perf_counter=lambda: now))
     service.batcher.seconds, service.admission._alone = 0.01 * service.batcher.parallel, 0.02
+    inside: list[contextlib.ExitStack] = []
 
     def ask(waits: float) -> bool:
         monkeypatch.setattr(service.batcher, "soon", lambda count: waits)
+        stack = contextlib.ExitStack()
         try:
-            with service.admitted():
-                return True
+            stack.enter_context(service.admitted())
         except RequestError as error:
             assert error.limit == "wait" and "more is asked" in str(error)
             return False
+        inside.append(stack)
+        return True
+
+    def answer(count: int) -> None:
+        for _ in range(count):
+            inside.pop(0).close()
 
     assert all(ask(waits=0.5) for _ in range(20)), "a burst waits as long as it must"
+    for _ in range(500):  # As many who each send the next once they are answered, and faster than was thought.
+        now += 0.005
+        answer(1)
+        assert ask(waits=0.5)
     assert not ask(waits=0.5), "one too many, and the queue is as long"
     assert ask(waits=0.01), "who hardly waits is always taken"
-    now = 0.3
-    assert ask(waits=0.5), "the burst is over"
-    for _ in range(600):  # Twice as much as can be answered.
-        now += 0.005
-        ask(waits=0.5)
+    for _ in range(300):  # Twice as much as can be answered.
+        now += 0.01
+        answer(1)
+        assert [ask(waits=0.5), ask(waits=0.01)] == [False, True]
+    answer(len(inside))
+    now += 0.1
     assert not ask(waits=0.5)
-    now += 0.35
+    now += 0.4
     assert ask(waits=0.5), "it is forgotten as soon as twice a burst could have been answered"
+    answer(1)
     service.close()
+    assert service.admission._waiting == pytest.approx(0)
 
 
 def test_how_long_one_alone_takes_is_learned_from_those_who_were_alone(idle):

@@ -32,19 +32,31 @@ class Admission:
         """Pixels that wait to be decoded, and the seconds that one has taken as of late."""
         self._size, self._alone = 1.0, 0.0
         """Lesions of an inference request, at most a batch, and seconds that one alone takes, as of late."""
-        self._asked, self._asked_at = 0.0, 0.0
-        """Lesions that would wait now if nobody had been refused, and when that was counted."""
+        self._waiting = self._done = 0.0
+        """Lesions of those who were let in, and of those who have left since `_refused` was counted."""
+        self._refused = self._asked = self._counted = 0.0
+        """Lesions that would wait too if nobody had been refused; all that would, by how fast the graph has been; and
+        when both were counted."""
 
     @contextmanager
     def admitted(self) -> Iterator[Place]:
         """A request's place among those that have begun. Raises `RequestError` where there is none."""
-        self._count(self._size)
-        self.check_room()
-        self._check_wait()
-        place = Place(self)
+        size = self._size
+        self._ask(size)
+        try:
+            self.check_room()
+            self._check_wait()
+        except RequestError:
+            # It may be twice a burst, so that it takes no longer than that to forget.
+            self._refused = min(self._refused + size, 2.0 * self.limits.burst)
+            raise
+        place = Place(self, size)
+        self._waiting += size
         try:
             yield place
         finally:
+            self._waiting -= place.lesions
+            self._done += place.lesions
             self.pending -= place.waits
             self.held -= place.bytes
             place.decoded()
@@ -61,26 +73,27 @@ class Admission:
         if (wait := batcher.wait(1) + batcher.seconds * self.decoding + decoding) > self.limits.wait:
             raise self._busy(f"about {wait:.1f} s of work are waiting", "wait")
         # A queue helps over a burst. If more comes than can be answered, it only makes everybody wait.
-        if self._asked > self.limits.burst:
+        if min(self._asked, self._waiting + self._refused + self._size) > self.limits.burst:
             each = batcher.seconds * self._size / batcher.parallel
             wait = batcher.soon(round(self._size)) + each * self.decoding + decoding
             if wait > PATIENCE * (self._alone or each):
                 raise self._busy("more is asked than can be answered", "wait")
 
-    def _count(self, lesions: float) -> None:
-        """Count lesions in what would wait now."""
+    def _ask(self, lesions: float) -> None:
+        """So many lesions more are asked for; meanwhile others have been answered, or could have been."""
         now = time.perf_counter()
         if self._batcher.seconds:
-            done = (now - self._asked_at) * self._batcher.parallel / self._batcher.seconds
-            # It may be twice a burst, so that it takes no longer than that to forget.
-            self._asked = min(max(self._asked - done, 0.0) + lesions, 2.0 * self.limits.burst)
-        self._asked_at = now
+            could = (now - self._counted) * self._batcher.parallel / self._batcher.seconds
+            self._asked = max(self._asked - could, 0.0)
+            self._refused = max(self._refused - max(could - self._done, 0.0), 0.0)
+        self._asked = min(self._asked + lesions, 2.0 * self.limits.burst)
+        self._counted, self._done = now, 0.0
 
-    def sized(self, lesions: int) -> None:
-        """An inference request turned out to have so many lesions."""
-        size = min(lesions, self._batcher.batch)
-        self._count(size - self._size)
-        self._size += (1 - MEMORY) * (size - self._size)
+    def sized(self, lesions: int, taken_for: float) -> None:
+        """An inference request has so many lesions."""
+        self._waiting += lesions - taken_for
+        self._asked += lesions - taken_for
+        self._size += (1 - MEMORY) * (min(lesions, self._batcher.batch) - self._size)
 
     def took(self, seconds: float) -> None:
         """A request that was alone took so long."""
@@ -103,8 +116,10 @@ class Admission:
 class Place:
     """A request that has begun, and what its body takes."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, lesions: float) -> None:
+        """`lesions`: as many as a request usually has."""
         self.admission, self.bytes, self._decoding, self.waits = admission, 0, False, False
+        self.lesions = lesions
         self._alone: float | None = None
         """When the body was there, if nobody else's was."""
 
@@ -121,6 +136,11 @@ class Place:
             admission.decoding += 1
         admission.pending += 1
         self._decoding = self.waits = True
+
+    def has(self, lesions: int) -> None:
+        """It turned out to be an inference request of so many lesions."""
+        self.admission.sized(lesions, self.lesions)
+        self.lesions = lesions
 
     def answered(self) -> None:
         """The request took as long as one takes, if it still is alone."""

@@ -159,7 +159,7 @@ class Service:
             self._mail = Mail(loop)
         job = Asking(self, place, self._mail)
         images, pixels = asked.images or [], asked.pixels
-        self.admission.sized(len(images) if pixels is None else len(pixels))
+        place.has(len(images) if pixels is None else len(pixels))
         if pixels is None:
             small = sum(map(len, images)) <= SMALL
             pieces = self._pieces(images) if small else await self.in_thread(self._pieces, images)

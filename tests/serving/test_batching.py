@@ -147,12 +147,27 @@ def test_a_free_graph_is_used_by_whoever_comes_and_a_busy_one_holds_nobody_up(ru
     assert [one.result(5)[1][0] for one in (first, second)] == [1, 2] and threading.get_ident() not in threads[1:]
 
 
-def test_a_request_that_its_asker_begins_uses_all_calls_that_may_run(running):
-    graph = Slow(parallel=2, seconds=0.05)
+@pytest.mark.parametrize(("seconds", "calls"), [(0.003, [4, 4]), (0.05, [2, 2, 2, 2])])
+def test_a_request_uses_all_calls_that_may_run_and_none_is_long(running, seconds, calls):
+    graph = Slow(parallel=2, seconds=seconds)
     batcher = running(graph, batch=8, least=2)
     batcher.give(crops(1), here=True).result(0)
     assert batcher.give(crops(*range(8)), here=True).result(5)[1].tolist() == list(range(8))
-    assert [len(one) for one in graph.asked[1:]] == [4, 4]
+    assert [len(one) for one in graph.asked[1:]] == calls
+
+
+def test_a_small_request_is_answered_as_a_whole_in_its_turn(running):
+    graph = Slow()
+    batcher = running(graph, batch=8)
+    graph.go.clear()
+    begun = batcher.give(crops(1))
+    while not batcher._jobs[0].given:
+        time.sleep(0.001)
+    given = [batcher.give(crops(*range(n, n + 4))) for n in range(10, 50, 10)]
+    graph.go.set()
+    for one in (begun, *given):
+        one.result(5)
+    assert [[value // 10 for value in call] for call in graph.asked[1:]] == [[1] * 4 + [2] * 4, [3] * 4 + [4] * 4]
 
 
 def test_the_next_batch_runs_while_the_last_one_s_asker_is_told(running):

@@ -14,7 +14,7 @@ from lesionflow.serving.protocol import RequestError, ServiceLimits
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-PATIENCE = 0.5
+PATIENCE = 0.75
 """How long a request may wait while too many come, of the time that one alone takes."""
 
 

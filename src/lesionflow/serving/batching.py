@@ -1,8 +1,9 @@
 """Batches over concurrent requests: whatever waits is taken as soon as the graph is free.
 
-So an idle service adds no delay, and a busy one works in full batches. A batch is dealt out evenly among the requests
-that wait: a visit of thousands of lesions doesn't hold up a single picture. How long a new request would have to wait
-is known from what lies before it and from how fast the graph has been; who would wait too long is refused at once.
+So an idle service adds no delay, and a busy one works in full batches. Requests take turns, in the order in which they
+came, and a turn is half a batch at most while others wait: a visit of thousands of lesions doesn't hold up a single
+picture. How long a new request would have to wait is known from what lies before it and from how fast the graph has
+been; who would wait too long is refused at once.
 
 There is one thread more than the graph can use: it tells those who asked while the next batch already runs. And who
 comes with `here` while the graph is free runs the batch itself, for waking another thread costs time and CPU.
@@ -48,6 +49,8 @@ class _Job:
     failure: BaseException | None = None
 
 
+CALL = 0.06
+"""Seconds that a call should take at most: whoever comes next waits for it to end."""
 NOTHING: tuple[int, list[tuple[_Job, slice]]] = 0, []
 
 
@@ -65,10 +68,12 @@ class Batcher:
     ) -> None:
         """`graph` takes up to `batch` lesions at a time; `told` hears of each batch: lesions, seconds.
 
-        So few as `least` aren't spread over several calls that could run at one time; by default no batch is.
+        So few as `least` aren't spread over several calls that could run at one time, nor over several one after the
+        other so that each takes no longer than `CALL`; by default no batch is.
         """
         self._graph, self._models, self.parallel = graph, models, graph.parallel
         self.batch = max(1, batch)
+        self._turn = max(1, self.batch // 2)
         self._least = self.batch if least is None else least
         self._told = told
         self._jobs: deque[_Job] = deque()
@@ -95,14 +100,14 @@ class Batcher:
     def wait(self, count: int) -> float:
         """Seconds that `count` more lesions would wait until the graph is free for them, as far as can be known."""
         with self._change:
-            # Lesions are dealt out evenly, so of each job only about as many come first as there are to come.
+            # Requests take turns, so of each only about as many lesions come first as there are to come.
             ahead = sum(min(len(job.pixels) - job.done, max(count, self.batch)) for job in self._jobs)
         return self.seconds * ahead / self.parallel
 
     def soon(self, count: int) -> float:
         """The same if `count` lesions would take turns with all the others, less what the graph has done by now."""
         with self._change:
-            ahead = sum(min(len(job.pixels) - job.done, count) for job in self._jobs)
+            ahead = sum(min(len(job.pixels) - job.done, max(count, self._turn)) for job in self._jobs)
             done = sum(many for _, many in self._running.values()) - self._unfinished()
         return self.seconds * max(ahead - done, 0.0) / self.parallel
 
@@ -153,10 +158,12 @@ class Batcher:
         left = sum(len(job.pixels) - job.given for job in ready)
         # Calls that run at one time share what there is to do, or one would still work when the others are done.
         share = math.ceil((left + self._unfinished()) / self.parallel)
+        if self.seconds:
+            share = min(share, round(CALL / self.seconds))
         pieces, room = [], min(self.batch, max(self._least, share))
         for position, job in enumerate(ready):
-            # What is left of the batch, dealt out among those still to come.
-            count = min(max(1, room // (len(ready) - position)), len(job.pixels) - job.given, room)
+            # A small one as a whole: if all were done a little at a time, all would be late.
+            count = min(max(self._turn, room // (len(ready) - position)), len(job.pixels) - job.given, room)
             pieces.append((job, slice(job.given, job.given + count)))
             job.given += count
             room -= count

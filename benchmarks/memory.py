@@ -160,13 +160,13 @@ def _is_rank(pid: int) -> bool:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return b"lesionflow.training.run" in command and b"torch.distributed.run" not in command
+    return b"lesionflow.training.worker" in command and b"torch.distributed.run" not in command
 
 
 def trained(run: Path, ranks: int, sampling: str) -> Watch:
     """Train one fold of a run with so many ranks; returns what was seen."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
-    command = [sys.executable, "-m", *launcher, "lesionflow.training.run", str(run), "--folds", "0"]
+    command = [sys.executable, "-m", *launcher, "lesionflow.training.worker", str(run), "--folds", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (run / "log.txt").open("w") as log:
         child = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

@@ -259,7 +259,7 @@ def test_training_ends_with_the_same_weights_and_scores_with_and_without(prepare
         recipe = Recipe.load(prepared / "recipe.toml", [f"training.cache={mode}"])
         (run / "recipe.toml").write_text(recipe.to_toml())
         plans.append(plan.plan_keys(recipe, "data"))
-        command = [sys.executable, "-m", "lesionflow.training.run", str(run), "--folds", "0"]
+        command = [sys.executable, "-m", "lesionflow.training.worker", str(run), "--folds", "0"]
         assert subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
         assert (run / "pixels").exists() == (mode == "on")
         fold = run / "fold-0"

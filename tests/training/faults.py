@@ -85,7 +85,7 @@ class Training:
             with contextlib.suppress(OSError, StopIteration):
                 variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
                 command = Path(f"/proc/{child}/cmdline").read_bytes()
-                if b"lesionflow.training.run" in command and b"training.agent" not in command:
+                if b"lesionflow.training.worker" in command and b"training.agent" not in command:
                     found[int(next(v for v in variables if v.startswith(b"RANK=")).removeprefix(b"RANK="))] = child
         return found
 

@@ -129,7 +129,7 @@ def test_children_die_with_a_killed_parent(synthetic: Path, tmp_path: Path) -> N
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 20
-    while subprocess.run(["pgrep", "-f", f"training.run {tmp_path}"], capture_output=True).stdout:
+    while subprocess.run(["pgrep", "-f", f"training.worker {tmp_path}"], capture_output=True).stdout:
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.2)
 

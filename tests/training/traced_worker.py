@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lesionflow.models.image import LesionModule
-from lesionflow.training import run, scoring
+from lesionflow.training import run, scoring, worker
 
 if __name__ == "__main__":
     slowly = "slowly" in sys.argv
@@ -52,4 +52,4 @@ if __name__ == "__main__":
             return encode(*of, **more)
 
         run.to_safetensors = slow_end
-    sys.exit(run.main(arguments))
+    sys.exit(worker.main(arguments))

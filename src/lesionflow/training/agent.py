@@ -1,6 +1,6 @@
 """torchrun, which also tells how its ranks ended.
 
-    python -m lesionflow.training.agent --standalone --nproc-per-node=2 -m lesionflow.training.run RUN --folds 0
+    python -m lesionflow.training.agent --standalone --nproc-per-node=2 -m lesionflow.training.worker RUN --folds 0
 
 A rank that was killed leaves no report, and torchrun itself ends with 1 whatever happened. So this process runs it and
 leaves the report for such a rank: killed from outside is a preemption, a crash is a bug.

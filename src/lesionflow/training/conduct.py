@@ -20,7 +20,6 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 from lesionflow.data.lesions import Batch
 from lesionflow.errors import Preempted, UsageError
@@ -122,6 +121,8 @@ class Conductor(L.Callback):
         # In place of Lightning's own handler, which broadcasts from inside the signal and so deadlocks.
         self.stop.listen()
         if trainer.is_global_zero:
+            from torch.utils.tensorboard import SummaryWriter  # Takes a while to load, and the other ranks don't write.
+
             self.out.mkdir(parents=True, exist_ok=True)
             self._writer = SummaryWriter(str(self.events), purge_step=module.step)
         self._started, self._first = time.monotonic(), module.step

@@ -95,7 +95,7 @@ def train(
 
         train_folds(run, folds, anew=anew, show=show)
         return
-    worker = [sys.executable, "-m", "lesionflow.training.run", str(run), *(["--anew"] if anew else [])]
+    worker = [sys.executable, "-m", "lesionflow.training.worker", str(run), *(["--anew"] if anew else [])]
     commands = [[*worker, "--folds", str(fold)] for fold in folds]
     run_children(commands, run, folds, at_once=jobs, threads=_threads(jobs), gpu_each=gpus > 0, show=show)
 
@@ -141,7 +141,7 @@ def _torchrun(worker: Sequence[str], processes: int, nodes: Nodes) -> list[str]:
     launcher = [sys.executable, "-m", AGENT, *where, f"--nproc-per-node={processes}"]
     if nodes.operated and processes > 1:
         launcher += ["--tee=3", "--role=rank"]  # In a pod's log every line says whose it is: [rank0]: ...
-    return [*launcher, "-m", "lesionflow.training.run", *worker]
+    return [*launcher, "-m", "lesionflow.training.worker", *worker]
 
 
 def run_children(

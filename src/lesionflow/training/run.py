@@ -1,7 +1,5 @@
 """Training, top to bottom: the folds of a prepared run, one after the other, on this process's rank.
 
-    python -m lesionflow.training.run RUN --folds 0,1
-
 RUN holds `recipe.toml`, `store/` and `folds.parquet`. Each fold leaves `fold-<k>/model-<m>/` with the
 final weights, `fold-<k>/oof.parquet` with the scores of its held-out lesions, and, where the split sets
 lesions aside from every fold, `fold-<k>/holdout.parquet` with theirs. The schedule is fixed and the final
@@ -10,7 +8,6 @@ moving average is scored: no epoch is picked on the fold that is scored.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -35,18 +32,17 @@ from lesionflow.data.pixelcache import PixelCache, obtain
 from lesionflow.data.rows import Rows, take
 from lesionflow.data.sampler import Sampler
 from lesionflow.data.store import Store
-from lesionflow.errors import DataError, LesionflowError, Preempted, UsageError
+from lesionflow.errors import DataError, Preempted, UsageError
 from lesionflow.keys import atomic, fold_identity, model_identity, planned_keys
 from lesionflow.models.image import LesionModule, build, preprocess_spec
 from lesionflow.recipe import Recipe
 from lesionflow.training import resume
 from lesionflow.training.conduct import Conductor, Stop
 from lesionflow.training.lock import locked
-from lesionflow.training.lost import lost_loader, lost_peer
 from lesionflow.training.ranks import any_rank, barrier, by_rank_0, device, joined, rank, share
 from lesionflow.training.scores import write_scores
 from lesionflow.training.scoring import Interrupted, load_network, score, weights_identity
-from lesionflow.training.status import Progress, report
+from lesionflow.training.status import Progress
 from lesionflow.training.validation import sample
 
 Show = Callable[[Progress], None]
@@ -296,40 +292,3 @@ def _scored(path: Path) -> str | None:
         return pl.read_parquet_metadata(path).get("identity")
     except (OSError, pl.exceptions.PolarsError):
         return None  # Not there, or not readable: the fold is scored again.
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Worker entry: exit code as in `lesionflow.errors`, reported to the parent through `status`."""
-    parser = argparse.ArgumentParser(prog="lesionflow.training.run", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--folds", required=True, type=lambda text: [int(k) for k in text.split(",")])
-    parser.add_argument("--anew", action="store_true")
-    options = parser.parse_args(argv)
-    try:
-        train_folds(options.run, options.folds, anew=options.anew)
-    except LesionflowError as error:
-        # A loader process hands its error over as a text that ends with the original message.
-        message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-        print(f"error: {message}", file=sys.stderr)  # noqa: T201 - the worker's own log
-        report(error.exit_code, message)
-        return error.exit_code
-    except BaseException as error:
-        if lost_peer(error):
-            print(f"lost another rank: {error}", file=sys.stderr)  # noqa: T201
-            report(Preempted.exit_code, "lost another rank; start again to go on from the last checkpoint")
-            return Preempted.exit_code
-        if lost_loader(error):
-            message = (
-                f"a loader process was killed, is memory short? start again to go on, with fewer of them by {LOADERS}"
-            )
-            print(f"error: {message}", file=sys.stderr)  # noqa: T201
-            report(Preempted.exit_code, message)
-            return Preempted.exit_code
-        report(1, f"{type(error).__name__}: {error}")
-        raise
-    report(0)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

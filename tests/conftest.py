@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -96,11 +97,21 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, synthetic: Path, tiny_rec
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, synthetic: Path, tiny_recipe: Recipe) -> Path:
-    """A run of the tiny recipe, pictures and metadata, from data to a smoked bundle; tests copy it before a change."""
+    """A run of the tiny recipe, pictures and metadata, from data to a smoked bundle; tests copy it before a change.
+
+    Made once for all test processes: it takes half a minute.
+    """
     from lesionflow import steps
 
-    run = tmp_path_factory.mktemp("finished") / "run"
-    steps.run_all(tiny_recipe, synthetic, run)
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp().parent if parallel else tmp_path_factory.mktemp("finished")
+    with (folder / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (run := folder / "finished-run").exists():
+            making = folder / "finished-making"
+            shutil.rmtree(making, ignore_errors=True)  # Of a process that didn't get to its end.
+            steps.run_all(tiny_recipe, synthetic, making)
+            making.rename(run)
     return run
 
 
@@ -192,7 +203,6 @@ def bundle_dir(export_tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def bundle_copy(bundle_dir, tmp_path) -> Path:
-    import shutil
 
     return Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
 

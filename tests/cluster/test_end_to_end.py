@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from double.controller import Controller
 from double.pipelines import Pipelines
 from double.server import Double
@@ -171,6 +172,7 @@ def no_canary(cluster: Cluster, tmp: Path, token: Path, done: list[subprocess.Co
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_pod_restarts_and_resumes(tmp_path: Path, crds: Path, synthetic: Path, tiny_recipe: Recipe) -> None:
     """Two nodes of two processes by PyTorchJob on Kubeflow 1.8; one pod is killed while training."""
     with running(tmp_path, crds, "kubeflow-1.8", nodes=2, processes=2) as cluster:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,13 @@ def test_run_recognises_the_pipelines_work(piped: Path, synthetic: Path, tiny_re
 
 
 def test_a_failing_step_ends_the_pipeline_with_its_own_error(
-    tmp_path: Path, synthetic: Path, tiny_recipe: Recipe
+    piped: Path, tmp_path: Path, synthetic: Path, tiny_recipe: Recipe
 ) -> None:
     from lesionflow.cluster.pipeline import run_local
 
+    run = Path(shutil.copytree(piped, tmp_path / "run"))  # What comes before the gate is done already.
+    shutil.rmtree(run / "bundle")
     strict = Recipe.from_dict({**tiny_recipe.to_dict(), "gate": {"pauc_floor": 0.2}})
     with pytest.raises(GateRefused, match="gate"):
-        run_local(strict, synthetic, tmp_path / "run")
-    assert not (tmp_path / "run" / "bundle").exists()
+        run_local(strict, synthetic, run)
+    assert not (run / "bundle").exists()

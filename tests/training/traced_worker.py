@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lesionflow.training.worker as worker
 from lesionflow.models.image import LesionModule
-from lesionflow.training import run, scoring, worker
+from lesionflow.training import run, scoring
 
 if __name__ == "__main__":
     slowly = "slowly" in sys.argv

@@ -23,6 +23,19 @@ def crds() -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_compiler() -> Iterator[None]:
+    """For each setting of a task kfp reads the whole call stack, for a name in an error: seconds under pytest."""
+    from kfp.dsl.pipeline_task import PipelineTask
+
+    def check(task: PipelineTask) -> None:
+        assert task.container_spec is not None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PipelineTask, "_ensure_container_spec_exists", check)
+        yield
+
+
 @pytest.fixture(params=["kubeflow-1.11"])
 def double(request: pytest.FixtureRequest, crds: Path) -> Iterator[Double]:
     """A running double; another profile by `@pytest.mark.parametrize("double", ["trainer-2.3"], indirect=True)`."""

@@ -267,7 +267,7 @@ def test_a_burst_is_taken_and_what_goes_on_to_be_too_much_is_not_queued(bundle_d
         monkeypatch.setattr(service.batcher, "soon", lambda count: waits)
         stack = contextlib.ExitStack()
         try:
-            stack.enter_context(service.admitted())
+            stack.enter_context(service.admitted()).has(1)
         except RequestError as error:
             assert error.limit == "wait" and "more is asked" in str(error)
             return False
@@ -297,6 +297,22 @@ def test_a_burst_is_taken_and_what_goes_on_to_be_too_much_is_not_queued(bundle_d
     answer(1)
     service.close()
     assert service.admission._waiting == pytest.approx(0)
+
+
+def test_what_the_model_never_sees_keeps_nobody_out(bundle_dir, monkeypatch):
+    service = Service(Predictor(bundle_dir), ServiceLimits(burst=20))
+    service.reason, service.batcher.seconds, service.admission._alone = None, 0.01, 0.02
+    monkeypatch.setattr("lesionflow.serving.admission.time", SimpleNamespace(perf_counter=lambda: 0.0))
+    monkeypatch.setattr(service.batcher, "soon", lambda count: 0.5)
+    for _ in range(500):
+        with service.admitted():
+            pass
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(service.admitted()).has(1)
+        with pytest.raises(RequestError, match="more is asked"):
+            stack.enter_context(service.admitted())
+    service.close()
 
 
 def test_how_long_one_alone_takes_is_learned_from_those_who_were_alone(idle):

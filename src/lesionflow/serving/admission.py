@@ -56,7 +56,10 @@ class Admission:
             yield place
         finally:
             self._waiting -= place.lesions
-            self._done += place.lesions
+            if place.works:
+                self._done += place.lesions
+            else:
+                self._asked = max(self._asked - place.lesions, 0.0)  # Nothing that the model could do came of it.
             self.pending -= place.waits
             self.held -= place.bytes
             place.decoded()
@@ -89,11 +92,13 @@ class Admission:
         self._asked = min(self._asked + lesions, 2.0 * self.limits.burst)
         self._counted, self._done = now, 0.0
 
-    def sized(self, lesions: int, taken_for: float) -> None:
-        """An inference request has so many lesions."""
-        self._waiting += lesions - taken_for
-        self._asked += lesions - taken_for
-        self._size += (1 - MEMORY) * (min(lesions, self._batcher.batch) - self._size)
+    def sized(self, lesions: int, expected: float) -> float:
+        """An inference request has so many lesions; what it counts for, as requests take turns a batch at most."""
+        counts = min(lesions, self._batcher.batch)
+        self._waiting += counts - expected
+        self._asked += counts - expected
+        self._size += (1 - MEMORY) * (counts - self._size)
+        return counts
 
     def took(self, seconds: float) -> None:
         """A request that was alone took so long."""
@@ -119,7 +124,8 @@ class Place:
     def __init__(self, admission: Admission, lesions: float) -> None:
         """`lesions`: as many as a request usually has."""
         self.admission, self.bytes, self._decoding, self.waits = admission, 0, False, False
-        self.lesions = lesions
+        self.lesions, self.works = lesions, False
+        """What it counts for, and whether the model gets anything of it."""
         self._alone: float | None = None
         """When the body was there, if nobody else's was."""
 
@@ -139,8 +145,7 @@ class Place:
 
     def has(self, lesions: int) -> None:
         """It turned out to be an inference request of so many lesions."""
-        self.admission.sized(lesions, self.lesions)
-        self.lesions = lesions
+        self.lesions, self.works = self.admission.sized(lesions, self.lesions), True
 
     def answered(self) -> None:
         """The request took as long as one takes, if it still is alone."""

@@ -198,6 +198,7 @@ class Service:
     ) -> tuple[dict[int, ImageError], Pixels, Floats, Floats]:
         """Of any number of pictures: why some can't be used, by place; pixels, `fold_logits`, `logit` of the others."""
         errors: dict[int, ImageError] = {}
+        place.works = True
         pieces, waiting = [], []
         for rows, area in await self.in_thread(self._pieces, images):
             pixels, found = await self._decoded(images[rows], area)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +211,25 @@ def test_one_rank_told_to_stop_stops_both_after_a_save(run: Path, tmp_path: Path
 
     assert collect(status, first.returncode).code == 143
     assert resume.load(run / "fold-0" / "model-0", identity_of(run)) is not None
+
+
+def test_a_rank_that_waits_for_one_that_never_comes_ends_at_once(run: Path, free_port: Callable[[], int]) -> None:
+    port = free_port()
+    where = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "lesionflow.training.worker", str(run), "--folds", "0"]
+    rank = subprocess.Popen(command, env={**ENVIRONMENT, **where})
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            break
+        assert rank.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    rank.terminate()
+    try:
+        assert rank.wait(5) == -signal.SIGTERM
+    finally:
+        rank.kill()
 
 
 def identity_of(run: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,15 +39,30 @@ def joined() -> Iterator[None]:
     Lightning does that as a training starts and then finds it done; but a fold may have no training left, only scores.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(device())
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        barrier()
+        with _signals_end_it():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(device())
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            barrier()
     tell_joined()
     yield
     # Only where all went well: with a rank that is gone it could wait for ever.
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """Python hears of no signal while it waits for a rank that may never come; and there is nothing to save yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def barrier() -> None:

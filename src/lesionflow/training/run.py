@@ -76,6 +76,8 @@ def train_folds(run: Path, wanted: Sequence[int], *, anew: bool = False, show: S
         if not left:
             return
         cache = _cache(recipe, store, folds, stop, show)
+        if stop.asked:
+            raise Preempted("stopped before training began; run again to go on")
         with joined():
             for fold in left:
                 with locked(run / f"fold-{fold}"):

@@ -307,6 +307,10 @@ def test_what_the_model_never_sees_keeps_nobody_out(bundle_dir, monkeypatch):
     for _ in range(500):
         with service.admitted():
             pass
+    for _ in range(500):  # Not even if they are many at one time.
+        with contextlib.ExitStack() as stack:
+            for _ in range(30):
+                stack.enter_context(service.admitted())
     with contextlib.ExitStack() as stack:
         for _ in range(20):
             stack.enter_context(service.admitted()).has(1)

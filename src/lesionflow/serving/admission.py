@@ -31,7 +31,7 @@ class Admission:
         self._queued, self._per_pixel = 0, 0.0
         """Pixels that wait to be decoded, and the seconds that one has taken as of late."""
         self._size, self._alone = 1.0, 0.0
-        """Lesions of an inference request, at most a batch, and seconds that one alone takes, as of late."""
+        """Lesions that a request means, at most a batch, and seconds that an inference alone takes, as of late."""
         self._waiting = self._done = 0.0
         """Lesions of those who were let in, and of those who have left since `_refused` was counted."""
         self._refused = self._asked = self._counted = 0.0
@@ -59,7 +59,9 @@ class Admission:
             if place.works:
                 self._done += place.lesions
             else:
-                self._asked = max(self._asked - place.lesions, 0.0)  # Nothing that the model could do came of it.
+                # Nothing that the model could do came of it, and less is to be expected of the next one.
+                self._asked = max(self._asked - place.lesions, 0.0)
+                self._size *= MEMORY
             self.pending -= place.waits
             self.held -= place.bytes
             place.decoded()
@@ -78,7 +80,7 @@ class Admission:
         # A queue helps over a burst. If more comes than can be answered, it only makes everybody wait.
         if min(self._asked, self._waiting + self._refused + self._size) > self.limits.burst:
             each = batcher.seconds * self._size / batcher.parallel
-            wait = batcher.soon(round(self._size)) + each * self.decoding + decoding
+            wait = batcher.soon(max(1, round(self._size))) + each * self.decoding + decoding
             if wait > PATIENCE * (self._alone or each):
                 raise self._busy("more is asked than can be answered", "wait")
 

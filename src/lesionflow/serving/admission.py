@@ -28,8 +28,10 @@ class Admission:
         """For the counts that threads change."""
         self.pending = self.held = self.decoding = 0
         """Requests that were received, bytes held of all, and requests whose pictures the graph hasn't got yet."""
-        self._queued, self._per_pixel = 0, 0.0
-        """Pixels that wait to be decoded, and the seconds that one has taken as of late."""
+        self._queued = 0
+        """Pixels that wait to be decoded."""
+        self._decoded, self._decoding_took = 1.0, 0.0
+        """Pixels that were, as of late, and the seconds that it took: one large picture tells more than many small."""
         self._size, self._alone = 1.0, 0.0
         """Lesions that a request means, at most a batch, and seconds that an inference alone takes, as of late."""
         self._waiting = self._done = 0.0
@@ -73,7 +75,7 @@ class Admission:
 
     def _check_wait(self) -> None:
         """Raise `RequestError` if so much waits that another request would wait too long."""
-        batcher, decoding = self._batcher, self._queued * self._per_pixel / self._decoders
+        batcher, decoding = self._batcher, self._queued * self._decoding_took / self._decoded / self._decoders
         # Of those that are being decoded at least one lesion each will come first.
         if (wait := batcher.wait(1) + batcher.seconds * self.decoding + decoding) > self.limits.wait:
             raise self._busy(f"about {wait:.1f} s of work are waiting", "wait")
@@ -113,8 +115,9 @@ class Admission:
 
     def decoded(self, area: int, seconds: float) -> None:
         """So many pixels took so long to decode."""
-        took = seconds / area
-        self._per_pixel = MEMORY * self._per_pixel + (1 - MEMORY) * took if self._per_pixel else took
+        with self.lock:
+            self._decoded = MEMORY * self._decoded + area
+            self._decoding_took = MEMORY * self._decoding_took + seconds
 
     def _busy(self, why: str, limit: str) -> RequestError:
         return RequestError(f"busy, {why}: try again later", status=503, limit=limit, retry=self._batcher.wait(1))

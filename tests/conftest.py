@@ -203,7 +203,6 @@ def bundle_dir(export_tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def bundle_copy(bundle_dir, tmp_path) -> Path:
-
     return Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
 
 

@@ -34,6 +34,12 @@ def crops(*values: int):
     return np.stack([np.full((2, 2, 3), value, np.uint8) for value in values])
 
 
+def until_begun(batcher: Batcher) -> None:
+    """Wait until the graph has something of the first request."""
+    while not batcher._jobs or not batcher._jobs[0].given:
+        time.sleep(0.001)
+
+
 @pytest.fixture
 def running():
     made = []
@@ -64,8 +70,7 @@ def test_waiting_requests_share_a_batch_and_an_idle_graph_waits_for_nobody(runni
     assert batcher.give(crops(7)).result(5)[1] == 7 and graph.asked == [[7]]
     graph.go.clear()
     first = batcher.give(crops(1))
-    while not batcher._jobs or batcher._jobs[0].given == 0:
-        time.sleep(0.001)
+    until_begun(batcher)
     others = [batcher.give(crops(n)) for n in range(10, 16)]
     graph.go.set()
     assert [one.result(5)[1][0] for one in (first, *others)] == [1, *range(10, 16)]
@@ -121,8 +126,7 @@ def test_who_leaves_costs_no_work_and_takes_nobody_along(running):
     batcher = running(graph, batch=2)
     graph.go.clear()
     begun = batcher.give(crops(1))
-    while not batcher._jobs[0].given:
-        time.sleep(0.001)
+    until_begun(batcher)
     waiting = batcher.give(crops(*range(2, 40)))
     assert begun.cancel() and waiting.cancel()
     last = batcher.give(crops(200))
@@ -139,8 +143,7 @@ def test_a_free_graph_is_used_by_whoever_comes_and_a_busy_one_holds_nobody_up(ru
     assert batcher.give(crops(3), here=True).result(0)[1] == 3 and threads == [threading.get_ident()]
     graph.go.clear()
     first = batcher.give(crops(1))
-    while not batcher._jobs[0].given:
-        time.sleep(0.001)
+    until_begun(batcher)
     second = batcher.give(crops(2), here=True)
     assert not second.done()
     graph.go.set()
@@ -161,8 +164,7 @@ def test_a_small_request_is_answered_as_a_whole_in_its_turn(running):
     batcher = running(graph, batch=8)
     graph.go.clear()
     begun = batcher.give(crops(1))
-    while not batcher._jobs[0].given:
-        time.sleep(0.001)
+    until_begun(batcher)
     given = [batcher.give(crops(*range(n, n + 4))) for n in range(10, 50, 10)]
     graph.go.set()
     for one in (begun, *given):

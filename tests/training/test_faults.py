@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from faults import inject
+from faults import GRACE, inject
 
 
 def test_thirty_faults_cost_time_and_nothing_else(tmp_path: Path) -> None:
@@ -14,4 +14,4 @@ def test_thirty_faults_cost_time_and_nothing_else(tmp_path: Path) -> None:
     print(f"seed {seed}: {dict(result.faults)}")
     assert sum(result.faults.values()) == 30, "each really happened"
     assert len({what.split(",")[0] for what in result.faults}) == 6, "of every kind"
-    assert result.finished
+    assert result.finished and result.slowest < GRACE, "told to stop, it saves and ends within ten seconds"

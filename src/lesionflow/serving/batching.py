@@ -107,7 +107,7 @@ class Batcher:
     def soon(self, count: int) -> float:
         """The same if `count` lesions would take turns with all the others, less what the graph has done by now."""
         with self._change:
-            ahead = sum(min(len(job.pixels) - job.done, max(count, self._turn)) for job in self._jobs)
+            ahead = sum(min(len(job.pixels) - job.done, count) for job in self._jobs)
             done = sum(many for _, many in self._running.values()) - self._unfinished()
         return self.seconds * max(ahead - done, 0.0) / self.parallel
 
